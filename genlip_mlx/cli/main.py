@@ -1,0 +1,79 @@
+"""The `genlip-mlx` command: its table of commands, and what happens to errors.
+
+Commands import what is heavy inside themselves, so that `--help` answers at once.
+"""
+
+from __future__ import annotations
+
+import sys
+import traceback
+from typing import Annotated, NoReturn
+
+import typer
+
+from .. import __version__
+from .caption import caption
+from .console import note
+from .convert import convert
+from .doctor import doctor
+from .export import export
+from .features import features
+from .info import info
+from .quantize import dequantize, quantize
+from .synth import synth
+
+INTERRUPTED = 130  # the exit code of a shell command that Ctrl-C ended
+
+app = typer.Typer(
+    name="genlip-mlx",
+    help="GenLIP on MLX: one Transformer that reads a picture's patches and speaks its caption.",
+    epilog="Any command takes --debug, which shows the traceback of an error.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+for command in (convert, quantize, dequantize, export, caption, features, info, doctor, synth):
+    app.command()(command)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        print(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and leave.")
+    ] = False,
+) -> None:
+    pass
+
+
+def main() -> NoReturn:
+    """Run the command; one clear line for an error (exit code 1; 2 for bad usage, 130 for Ctrl-C)."""
+    debug = "--debug" in sys.argv
+    arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    code: int
+    try:
+        code = app(arguments, standalone_mode=False) or 0
+        if code == INTERRUPTED:
+            note("interrupted")
+    except typer.TyperException as error:  # a wrong or missing option
+        code = error.exit_code
+        note(f"error: {error.format_message()} (see genlip-mlx --help)")
+    except (ValueError, OSError) as error:
+        code = _report(error, debug, str(error) or type(error).__name__)
+    except Exception as error:
+        code = _report(error, debug, f"unexpected {type(error).__name__}: {error} (--debug shows where)")
+    sys.exit(code)
+
+
+def _report(error: Exception, debug: bool, message: str) -> int:
+    if debug:
+        traceback.print_exception(error)
+    note(f"error: {' '.join(message.split())}")
+    return 1

@@ -1,0 +1,1 @@
+"""Records from any source, packing, the resumable pipeline, synthetic scenes."""

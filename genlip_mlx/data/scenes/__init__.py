@@ -1,0 +1,1 @@
+"""How synthetic scenes are drawn and worded; `genlip_mlx.data.synthetic` is the way in."""
