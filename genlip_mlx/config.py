@@ -177,7 +177,9 @@ class GenLIPConfig:
 ACTIVATIONS = ("silu", "gelu", "gelu_pytorch_tanh", "relu")
 
 
-def _preset(layers: int, hidden: int, heads: int, ffn: int, embed: int, section: tuple[int, int, int], **more: Any):
+def _preset(
+    layers: int, hidden: int, heads: int, ffn: int, embed: int, section: tuple[int, int, int], **more: Any
+) -> GenLIPConfig:
     return GenLIPConfig(
         num_hidden_layers=layers,
         hidden_size=hidden,
@@ -221,4 +223,3 @@ def estimate_parameters(config: GenLIPConfig) -> dict[str, int]:
         parts["text_embedding"] = config.vocab_size * e + (e * d + d if bridged else 0)
         parts["head"] = config.vocab_size * e + (d * e + e if bridged else 0)
     return parts
-

@@ -13,7 +13,6 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import metadata
 from itertools import takewhile
@@ -29,6 +28,7 @@ from . import __version__, blas
 from .checkpoint.hub import resolve
 from .checkpoint.lazy import dtype_name
 from .checkpoint.load import load, load_model
+from .checkpoint.writing import Progress
 from .generate import captions
 from .info import FUSED_ENCODE_DIMS
 from .model.cache import GROWTH, cache_head_dim
@@ -37,6 +37,8 @@ from .model.sequence import PackedSequence
 from .processing.processor import Processor
 
 Status = Literal["ok", "warning", "failed", "not applicable"]
+Use = Literal["encode", "decode"]
+Mask = Literal["none", "causal", "boolean"]
 
 PACKAGES = ("mlx", "mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13", "mlx-lm", "numpy", "pillow", "tokenizers")
 OPTIONAL_PACKAGES = ("mlx-metal", "mlx-cpu", "mlx-cuda-12", "mlx-cuda-13")  # MLX's back ends: one of them is there
@@ -51,9 +53,10 @@ GPU_TOLERANCES = {"patches": 1e-6, "hidden states": 0.05, "features": 0.025, "lo
 # bfloat16 has 7 bits: the mean cosine is 0.9999 on these cases.
 BFLOAT16_COSINE = 0.999
 
-SLOW_CPU = 20.0  # GFLOP/s in float32; the reference BLAS reaches 6, OpenBLAS over 20 on a single core
+SLOW_CPU = 20.0  # GFLOP/s in float32; on one two-core machine the reference BLAS reaches 6, OpenBLAS 150 to 320
 KERNEL_TOLERANCE = 0.05  # bfloat16 attention outputs of size 1 to 4: 7 bits in weights, values and result
-PROBE_TOKENS = 16  # tokens spoken to time decoding
+PROBE_TOKENS = 16  # tokens spoken to time decoding, at most
+PROBE_SECONDS = 2.0
 
 
 @dataclass(frozen=True)
@@ -112,11 +115,11 @@ class Kernel:
     """Whether one attention call has a fused kernel on this GPU, and whether that gives the right numbers."""
 
     head_dim: int
-    use: Literal["encode", "decode"]
-    mask: Literal["none", "causal", "boolean"]
+    use: Use
+    mask: Mask
     width: int  # of the arrays: decoding pads the head dim with zeros
-    result: Literal["ok", "not served", "wrong"]
-    difference: float | None  # from attention computed in float64; None if not served
+    result: Literal["ok", "not served", "wrong"]  # a kernel that breaks off is wrong too
+    difference: float | None  # from attention computed in float64; None if there are no numbers
 
 
 @dataclass(frozen=True)
@@ -160,32 +163,51 @@ class Report:
         return any(check.status == "failed" for check in self.checks)
 
 
-def examine(model: str | Path | None = None) -> Report:
+def examine(model: str | Path | None = None, progress: Progress | None = None) -> Report:
     """Examine the machine, and a model on it; takes a few seconds, and a large model's loading.
 
     Args:
         model: a folder or a hub repo id.
+        progress: called with the number of steps done and steps in all.
 
     Raises:
         CheckpointError, ConfigError, TokenizerError, HubError: if the model cannot be loaded.
     """
     folder = None if model is None else resolve(model)  # a wrong name is told before anything is measured
-    device = find_device()
+    device, golden = find_device(), golden_folder()
     on_gpu = device.backend != "CPU"
+    cases = () if golden is None else CASES
+    steps = 2 + len(cases) + (folder is not None)
+    done = 0
+
+    def advance() -> None:
+        nonlocal done
+        done += 1
+        if progress is not None:
+            progress(done, steps)
+
     products = measure_products(on_gpu)
-    golden = golden_folder()
-    parities = () if golden is None else tuple(compare(golden, case, on_gpu) for case in CASES)
-    probe = None if folder is None else probe_model(folder)
+    advance()
+    parities = []
+    for case in cases:
+        assert golden is not None
+        parities.append(compare(golden, case, on_gpu))
+        advance()
     kernels = try_kernels() if on_gpu else ()
+    advance()
+    probe = None
+    if folder is not None:
+        probe = probe_model(folder)
+        advance()
+
     checks = [check_products(device, products), *map(check_parity, parities)]
     if golden is None:
-        checks.append(
-            Check("golden parity", "warning", "the reference's numbers are not installed", "install the package again")
-        )
+        remedy = "install genlip-mlx again"
+        checks.append(Check("golden parity", "warning", "the reference's results are not installed", remedy))
     checks.append(check_kernels(device, kernels))
     if probe is not None:
         checks.append(check_model(probe))
-    return Report(device, find_versions(), describe_blas(), products, parities, kernels, probe, tuple(checks))
+    return Report(device, find_versions(), describe_blas(), products, tuple(parities), kernels, probe, tuple(checks))
 
 
 def find_device() -> Device:
@@ -196,7 +218,9 @@ def find_device() -> Device:
     if default.type == mx.DeviceType.cpu:
         return Device("CPU", name, os.cpu_count(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), None)
     if mx.metal.is_available():
-        return Device("Metal", name, None, _bytes(info, "memory_size"), _bytes(info, "max_recommended_working_set_size"))
+        return Device(
+            "Metal", name, None, _bytes(info, "memory_size"), _bytes(info, "max_recommended_working_set_size")
+        )
     return Device("CUDA", name, None, _bytes(info, "total_memory"), _bytes(info, "free_memory"))
 
 
@@ -232,7 +256,7 @@ def describe_blas() -> str:
     if sys.platform == "darwin":
         return "Accelerate"
     if blas.loaded is not None:
-        return f"OpenBLAS ({blas.loaded})"
+        return f"OpenBLAS ({blas.loaded}); GENLIP_MLX_BLAS=off goes back to the one that MLX links"
     return "the one that MLX links; OpenBLAS was not loaded"
 
 
@@ -262,9 +286,9 @@ def check_products(device: Device, products: tuple[Product, ...]) -> Check:
     slow = device.backend == "CPU" and blas.loaded is None and products[0].gflops < SLOW_CPU
     if not slow or sys.platform == "darwin":
         return Check("matrix products", "ok", message)
-    remedy = "install OpenBLAS, about 50 times faster: apt-get install libopenblas0-pthread"
-    if "GENLIP_MLX_BLAS" in os.environ:
-        remedy += f"; and unset GENLIP_MLX_BLAS, which is {os.environ['GENLIP_MLX_BLAS']!r} (off keeps it from loading)"
+    remedy = (
+        "OpenBLAS is some 50 times faster: apt-get install libopenblas0-pthread, and do not set GENLIP_MLX_BLAS=off"
+    )
     return Check("matrix products", "warning", f"{message}: slow", remedy)
 
 
@@ -357,7 +381,9 @@ def check_parity(parity: Parity) -> Check:
     if parity.within:
         near = "" if parity.greedy_margin == 0 else " (the others part at a near tie)"
         return Check(name, "ok", f"as the reference computes; {greedy}{near}")
-    off = [f"{d.quantity} differ by {d.value:.1e} (at most {d.tolerance:.0e})" for d in parity.differences if not d.within]
+    off = [
+        f"{d.quantity} differ by {d.value:.1e} (at most {d.tolerance:.0e})" for d in parity.differences if not d.within
+    ]
     if not parity.greedy_margin <= parity.greedy_tolerance:
         off.append(greedy)
     if parity.bfloat16_cosine is not None and not parity.bfloat16_cosine >= BFLOAT16_COSINE:
@@ -371,30 +397,29 @@ def _parity_remedy(parity: Parity) -> str:
         return "the pictures are decoded or resized differently here: install another version of pillow"
     report = "do not trust results of this machine, and report this with the output of `genlip-mlx doctor --json`"
     if parity.greedy_tolerance > 0:
-        return f"run again with MLX_ENABLE_TF32=0 set: if that passes, this GPU rounds more than expected; else {report}"
+        return (
+            f"run again with MLX_ENABLE_TF32=0 set: if that passes, this GPU rounds more than expected; else {report}"
+        )
     return report
 
 
-def try_kernels(head_dims: tuple[int, ...] = FUSED_ENCODE_DIMS) -> tuple[Kernel, ...]:
-    """Ask MLX for fused attention at the shapes that encoding and decoding use, in bfloat16.
-
-    Encoding: a picture alone (no mask), text rows after a picture (causal), pictures of two sizes (boolean).
-    Decoding: one query over a part of the cache, for captions of one size, and of two.
-    """
-    return tuple(
-        _try_kernel(head_dim, use, mask)
-        for head_dim in head_dims
-        for use, mask in (
-            ("encode", "none"),
-            ("encode", "causal"),
-            ("encode", "boolean"),
-            ("decode", "none"),
-            ("decode", "boolean"),
-        )
-    )
+# Encoding: a picture alone, text rows after a picture, pictures of two sizes.
+# Decoding: one query over the part in use of the cache, for captions of one size and of two.
+CALLS: tuple[tuple[Use, Mask], ...] = (
+    ("encode", "none"),
+    ("encode", "causal"),
+    ("encode", "boolean"),
+    ("decode", "none"),
+    ("decode", "boolean"),
+)
 
 
-def _try_kernel(head_dim: int, use: Literal["encode", "decode"], mask: Literal["none", "causal", "boolean"]) -> Kernel:
+def try_kernels() -> tuple[Kernel, ...]:
+    """Ask MLX for fused attention at the shapes that encoding and decoding use, in bfloat16."""
+    return tuple(_try_kernel(head_dim, use, mask) for head_dim in FUSED_ENCODE_DIMS for use, mask in CALLS)
+
+
+def _try_kernel(head_dim: int, use: Use, mask: Mask) -> Kernel:
     heads, keys = 4, 300
     queries = 1 if use == "decode" else 44 if mask == "causal" else keys
     batch = 2 if mask == "boolean" else 1
@@ -417,8 +442,11 @@ def _try_kernel(head_dim: int, use: Literal["encode", "decode"], mask: Literal["
     asked: mx.array | str | None = {"none": None, "causal": "causal", "boolean": mx.array(real)}[mask]
     try:
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5, mask=asked, force_fused=True)
+        mx.eval(out)
     except ValueError:  # how MLX says that it has no such kernel
         return Kernel(head_dim, use, mask, width, "not served", None)
+    except RuntimeError:
+        return Kernel(head_dim, use, mask, width, "wrong", None)
     seen = np.tril(np.ones((queries, keys), bool), keys - queries) if mask == "causal" else real
     difference = float(np.abs(_float64(out) - _attention(_float64(q), _float64(k), _float64(v), seen, head_dim)).max())
     return Kernel(head_dim, use, mask, width, "ok" if difference <= KERNEL_TOLERANCE else "wrong", difference)
@@ -443,10 +471,12 @@ def check_kernels(device: Device, kernels: tuple[Kernel, ...]) -> Check:
     wrong, missing = ([k for k in kernels if k.result == result] for result in ("wrong", "not served"))
     if wrong:
         calls = ", ".join(f"{k.use} at head dim {k.head_dim} with mask {k.mask}" for k in wrong)
-        return Check(name, "failed", f"wrong numbers: {calls}", "install another version of mlx, and report this")
+        return Check(name, "failed", f"wrong numbers or an error: {calls}", "install another version of mlx")
     if not missing:
         return Check(name, "ok", f"all {len(kernels)} calls served")
-    message = f"{len(kernels) - len(missing)} of {len(kernels)} calls served; the others are slower and take more memory"
+    message = (
+        f"{len(kernels) - len(missing)} of {len(kernels)} calls served; the others are slower and take more memory"
+    )
     if device.backend == "Metal":
         return Check(name, "warning", message, "update mlx, and macOS if that does not help")
     return Check(name, "ok", message)
@@ -464,31 +494,30 @@ def probe_model(folder: Path) -> ModelProbe:
     noise = np.random.default_rng(0).integers(0, 256, (224, 224, 3), np.uint8)
     pixels, grid = processor.image_processor(Image.fromarray(noise))
     patches = mx.array(pixels)
-    features, encode_seconds = _timed(lambda: model.encode(patches, [grid]))
+    features = model.encode(patches, [grid])
+    mx.eval(features)  # the first run compiles kernels
+    start = time.perf_counter()
+    mx.eval(model.encode(patches, [grid]))
+    encode_seconds = time.perf_counter() - start
     finite, rate = bool(mx.isfinite(features).all()), None
     if not model.config.vision_only:
-        logits, cache = model.prefill(patches, [grid])
-
-        def speak(logits: mx.array) -> mx.array:
-            for _ in range(PROBE_TOKENS):
-                logits = model.extend(mx.argmax(logits, axis=-1)[:, None], cache)
-                mx.eval(logits)
-            return logits
-
-        logits, seconds = _timed(lambda: speak(logits))
+        logits, rate = _speak(model, patches, grid)
         finite = finite and bool(mx.isfinite(logits).all())
-        rate = PROBE_TOKENS / seconds
     dtype = dtype_name(model.ln_post.weight.dtype)
     return ModelProbe(str(folder), dtype, load_seconds, len(pixels), encode_seconds, rate, finite)
 
 
-def _timed(compute: Callable[[], mx.array]) -> tuple[mx.array, float]:
-    """The second run's result and seconds: the first one compiles kernels."""
-    mx.eval(compute())
-    start = time.perf_counter()
-    result = compute()
-    mx.eval(result)
-    return result, time.perf_counter() - start
+def _speak(model: GenLIP, patches: mx.array, grid: tuple[int, int]) -> tuple[mx.array, float]:
+    """The last logits of a short greedy caption, and the tokens a second after the first."""
+    logits, cache = model.prefill(patches, [grid])
+    logits = model.extend(mx.argmax(logits, axis=-1)[:, None], cache)
+    mx.eval(logits)
+    tokens, start = 0, time.perf_counter()
+    while tokens < PROBE_TOKENS and time.perf_counter() - start < PROBE_SECONDS:
+        logits = model.extend(mx.argmax(logits, axis=-1)[:, None], cache)
+        mx.eval(logits)
+        tokens += 1
+    return logits, tokens / (time.perf_counter() - start)
 
 
 def check_model(probe: ModelProbe) -> Check:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -130,10 +131,10 @@ def _encode_batch(model: GenLIP, batch: Sequence[Reading], layers: Sequence[int]
         rows = [column[start : start + len(reading.patches)] for column in columns]
         start += len(reading.patches)
         if pool == "mean":
-            arrays = [part.astype(mx.float32).mean(axis=0).astype(part.dtype) for part in rows]
-        else:
-            arrays = [rows[0], *(part.swapaxes(0, 1) for part in rows[1:])]
-        yield Features(reading.name, reading.grid, *arrays)
+            rows = [part.astype(mx.float32).mean(axis=0).astype(part.dtype) for part in rows]
+        elif layers:
+            rows[1] = rows[1].swapaxes(0, 1)
+        yield Features(reading.name, reading.grid, rows[0], rows[1] if layers else None)
 
 
 def _layer_numbers(layers: str | Sequence[int], num_layers: int) -> list[int]:
@@ -214,12 +215,14 @@ class _NpzFile:
         self._atomic = atomic_file(path)
 
     def __enter__(self) -> _NpzFile:
-        self._zip = zipfile.ZipFile(self._atomic.__enter__(), "w", zipfile.ZIP_STORED, allowZip64=True)
+        with ExitStack() as stack:
+            file = stack.enter_context(self._atomic)
+            self._zip = stack.enter_context(zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True))
+            self._stack = stack.pop_all()
         return self
 
-    def __exit__(self, *exception: object) -> None:
-        self._zip.close()
-        self._atomic.__exit__(*exception)  # type: ignore[arg-type]
+    def __exit__(self, *exception: Any) -> None:
+        self._stack.__exit__(*exception)
 
     def add(self, name: str, array: np.ndarray) -> None:
         with self._zip.open(f"{name}.npy", "w", force_zip64=True) as member:
@@ -252,4 +255,4 @@ class _SafetensorsFile:
         self._file.write(save(self._arrays, {"paths": json.dumps(list(paths))}))
 
 
-WRITERS = {".npz": _NpzFile, ".safetensors": _SafetensorsFile}
+WRITERS: dict[str, type[_NpzFile] | type[_SafetensorsFile]] = {".npz": _NpzFile, ".safetensors": _SafetensorsFile}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO
 
@@ -20,20 +20,27 @@ def atomic_file(path: str | Path, text: bool = False) -> Iterator[IO]:
     path = Path(path)
     if path.is_dir():
         raise OSError(f"{path} is a folder; name a file to write")
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    if path.exists() and not path.is_file():  # renaming would replace a device or pipe by a file
+        raise OSError(f"{path} is not a plain file; name another")
+    target = path.resolve()  # through a link to the file it stands for
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.partial")
     try:
-        with open(temporary, "w" if text else "wb", encoding="utf-8" if text else None) as file:
+        with (
+            # A file name that is no UTF-8 has lone surrogates; their escapes are JSON's as well.
+            open(temporary, "w", encoding="utf-8", errors="backslashreplace") if text else open(temporary, "wb")
+        ) as file:
             yield file
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except FileNotFoundError as error:
+        os.replace(temporary, target)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise OSError(f"{path}: the disk is full; nothing was written") from None
         if error.filename != str(temporary):
             raise
-        raise OSError(f"{path}: the folder {path.parent} does not exist") from None
-    except OSError as error:
-        if error.errno == errno.ENOSPC:
-            raise OSError(f"{path}: the disk is full; nothing was written") from None
-        raise
+        if isinstance(error, FileNotFoundError):
+            raise OSError(f"{path}: the folder {path.parent} does not exist") from None
+        raise OSError(f"{path}: cannot be written ({error.strerror})") from None
     finally:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):
+            temporary.unlink()

@@ -170,6 +170,8 @@ class Speaker:
         self.stop_id = self.tokenizer.stop_id
         self.sampler = make_sampler(temp, top_p)
         if seed is not None:
+            if not 0 <= seed < 2**64:
+                raise ValueError(f"seed must lie in 0 to 2**64 - 1, not {seed}")
             mx.random.seed(seed)
 
     def speak(self, readings: Sequence[Reading]) -> list[Caption]:
@@ -203,7 +205,7 @@ class Speaker:
                 # The next step is under way while this one's ids travel back to Python.
                 following = self.sampler(self.model.extend(current[:, None], cache))
                 mx.async_eval(following)
-            ids = current.tolist()
+            ids = np.array(current).tolist()
             yield dict(zip(active, ids))
             going = [row for row, token in enumerate(ids) if token != self.stop_id]
             if not going or count == self.max_tokens:

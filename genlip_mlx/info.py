@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -185,10 +186,8 @@ def weight_memory(config: GenLIPConfig) -> tuple[WeightMemory, ...]:
 
 
 def _packed_size(config: GenLIPConfig, bits: int) -> int:
-    try:
+    with suppress(quantization.QuantizationError):  # if the group size divides no layer's width, all stay bfloat16
         config = quantization.choose(bits=bits, group_size=GROUP_SIZE).apply(config)
-    except quantization.QuantizationError:
-        pass  # the group size divides no layer's width, so all stay as they are
     return quantization.estimate_size(config, mx.bfloat16)
 
 

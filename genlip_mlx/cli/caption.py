@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Annotated, Callable, Optional
+from itertools import chain
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -20,16 +21,16 @@ if TYPE_CHECKING:
 def caption(
     images: options.Images,
     model: options.Model,
-    prompt: Annotated[Optional[str], typer.Option(help='What to ask; "" asks nothing.', show_default=False)] = None,
+    prompt: Annotated[str | None, typer.Option(help='What to ask; "" asks nothing.', show_default=False)] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Tokens a caption has at most.")] = 256,
     temp: Annotated[float, typer.Option(min=0, help="Sampling temperature; 0 is greedy.")] = 0.0,
-    top_p: Annotated[float, typer.Option(help="Sample from the likeliest tokens up to this probability.")] = 1.0,
-    seed: Annotated[Optional[int], typer.Option(help="Makes sampling repeatable.", show_default=False)] = None,
+    top_p: Annotated[float, typer.Option(max=1, help="Sample from the likeliest tokens up to this probability.")] = 1.0,
+    seed: Annotated[int | None, typer.Option(min=0, help="Makes sampling repeatable.", show_default=False)] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures captioned together.")] = 8,
     stream: Annotated[bool, typer.Option("--stream", help="Show each caption as it is spoken, one at a time.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object a picture.")] = False,
     output: Annotated[
-        Optional[str], typer.Option(help="Write the JSON lines to this file instead.", show_default=False)
+        str | None, typer.Option(help="Write the JSON lines to this file instead.", show_default=False)
     ] = None,
     dtype: options.LoadDtype = options.Dtype.auto,
     revision: options.Revision = None,
@@ -54,18 +55,21 @@ def caption(
     from ..processing.processor import DEFAULT_PROMPT
 
     prompt = DEFAULT_PROMPT if prompt is None else prompt
-    make_sampler(temp, top_p)  # bad values are told before a model is loaded
+    try:
+        make_sampler(temp, top_p)
+    except ValueError as error:
+        raise typer.BadParameter(str(error)) from None
     paths = list_images(images)
     loaded, processor = load(model, dtype.value, revision)
-    settings = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p}
+    settings: dict[str, Any] = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed}
     failed = 0
     if stream:
         failed = sum(
-            _stream(path, len(paths) > 1, lambda p: stream_caption(loaded, processor, p, prompt, seed=seed, **settings))
+            _stream(path, len(paths) > 1, lambda p: stream_caption(loaded, processor, p, prompt, **settings))
             for path in paths
         )
     else:
-        results = captions(loaded, processor, paths, prompt, seed=seed, batch_size=batch_size, **settings)
+        results = captions(loaded, processor, paths, prompt, batch_size=batch_size, **settings)
         with _sink(output, as_json, len(paths) > 1) as write, progress("captioning", "pictures") as advance:
             for done, result in enumerate(results, 1):
                 if result.error is not None:
@@ -82,23 +86,23 @@ def _stream(path: str, named: bool, start: Callable[[str], Iterator[str | Captio
     """Print one caption as it is spoken; True if the picture could not be read."""
     from ..processing.images import ImageError
 
+    pieces = start(path)
     try:
-        pieces = start(path)
-        if named:
-            print(f"{path}: ", end="", flush=True)
-        for piece in pieces:
-            if isinstance(piece, str):
-                print(piece, end="", flush=True)
-        print()
+        first = next(pieces)
     except ImageError as error:
-        print()
         note(f"skipped: {error}")
         return True
+    if named:
+        print(f"{path}: ", end="")
+    for piece in chain([first], pieces):
+        if isinstance(piece, str):
+            print(piece, end="", flush=True)
+    print(flush=True)
     return False
 
 
 @contextmanager
-def _sink(output: Optional[str], as_json: bool, named: bool) -> Iterator[Callable[[Caption], None]]:
+def _sink(output: str | None, as_json: bool, named: bool) -> Iterator[Callable[[Caption], None]]:
     """Where results go: a file of JSON lines, JSON lines or plain text on stdout."""
     if output is not None:
         from ..files import atomic_file

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Optional
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -61,7 +61,7 @@ def convert(
     tell(report)
 
 
-def choose(bits: Optional[int], group_size: Optional[int], mode: str, recipe: Optional[str]) -> Quantization:
+def choose(bits: int | None, group_size: int | None, mode: str, recipe: str | None) -> Quantization:
     from ..checkpoint.quantization import choose
 
     return choose(bits, group_size, mode, recipe)

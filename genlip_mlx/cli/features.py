@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated, Literal, Union
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -34,7 +34,7 @@ def features(
 ) -> None:
     """Write the patch features of pictures.
 
-    Arrays "0", "1", ... in input order, [h*w, D] float32; with --layers all [N+1, h*w, D], and
+    Arrays "0", "1", ... in input order, [h x w, D] float32; with --layers all [N+1, h x w, D], and
     "0.ln_post"; `grids` [n, 2] and `paths`. With --pool mean one array `features` [n, D].
 
     Examples:
@@ -69,7 +69,7 @@ def _watched(results: Iterable[Features], total: int, advance: Advance) -> Itera
         advance(done, total)
 
 
-def _layers(text: str) -> Union[Literal["last", "all"], list[int]]:
+def _layers(text: str) -> Literal["last", "all"] | list[int]:
     if text == "last" or text == "all":
         return text  # type: ignore[return-value]
     try:
@@ -78,7 +78,7 @@ def _layers(text: str) -> Union[Literal["last", "all"], list[int]]:
         raise typer.BadParameter(f"--layers takes last, all, or numbers such as 0,12,24, not {text!r}") from None
 
 
-def _size(text: str) -> Union[int, Literal["native"], None]:
+def _size(text: str) -> int | Literal["native"] | None:
     if text == "model":
         return None
     if text == "native":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -13,6 +14,7 @@ if TYPE_CHECKING:
     from ..info import ModelInfo
 
 LABEL = 17  # columns of the names on the left
+WIDTH = 110  # columns in all
 
 
 def info(
@@ -52,11 +54,17 @@ def _row(label: str, *text: str) -> str:
     return f"  {label:<{LABEL}}  " + "  ".join(text)
 
 
+def _wrapped(label: str, text: str) -> list[str]:
+    """A row of any length, broken into lines."""
+    first, *others = textwrap.wrap(text, WIDTH - LABEL - 4)
+    return [_row(label, first), *(_row("", line) for line in others)]
+
+
 def _architecture(info: ModelInfo) -> list[str]:
     config, tokens = info.config, info.image_tokens
     kind = "SwiGLU" if config.use_swiglu_ffn else f"MLP ({config.hidden_act})"
-    axes = ", ".join(f"{axis} {count}" for axis, count in zip(("time", "row", "column"), config.mrope_section))
-    order = "interleaved" if config.mrope_interleaved else "one run an axis"
+    section = ", ".join(map(str, config.mrope_section))
+    order = "interleaved" if config.mrope_interleaved else "chunked"
     side = round(tokens.max_tokens**0.5) * tokens.patch_size
     if tokens.native:
         pictures = f"{tokens.min_tokens} to {tokens.max_tokens} tokens, aspect ratio kept"
@@ -73,7 +81,7 @@ def _architecture(info: ModelInfo) -> list[str]:
         ),
         _row("feed-forward", f"{kind}, width {config.intermediate_size}"),
         _row("LayerScale", "yes" if config.use_layer_scale else "no"),
-        _row("positions (MRoPE)", f"{order}; frequencies: {axes}"),
+        _row("positions (MRoPE)", f"{order}, sections {section} (time, row, column)"),
     ]
     if config.vision_only:
         return [*lines, _row("text", "none: a vision-only model, for features")]
@@ -84,7 +92,7 @@ def _weights(info: ModelInfo) -> list[str]:
     names = {"encoder": "= encoder"}  # the sum of the two lines before it
     lines = [f"{'Weights':<{LABEL + 2}}  {'parameters':>13}  {'stored':>9}"]
     for part in info.parts:
-        if part.parameters:
+        if part.parameters and not (info.config.vision_only and part.name == "encoder"):  # the total, then
             label = names.get(part.name, part.name.replace("_", " "))
             lines.append(_row(label, f"{part.parameters:>13,}", f"{size(part.stored_bytes):>9}"))
     lines.append(_row("type", info.dtype if info.quantized is None else f"quantized; the rest {info.dtype}"))
@@ -97,7 +105,7 @@ def _weights(info: ModelInfo) -> list[str]:
                 f"{packed.bits_per_weight:.2f} bits a weight in all",
             ),
             _row("layers by bits", ", ".join(f"{n} at {bits}" for bits, n in packed.layers_by_bits.items())),
-            _row("not quantized", _listed(packed.unquantized)),
+            *_wrapped("not quantized", _listed(packed.unquantized)),
         ]
     lines.append(_row("folder on disk", size(info.disk_bytes)))
     return lines
@@ -113,10 +121,8 @@ def _memory(info: ModelInfo) -> list[str]:
         encoder = [] if alone else [f"{size(row.encoder_bytes):>13}"]
         lines.append(_row(row.precision, f"{size(row.model_bytes):>13}", *encoder))
     if info.unquantizable:
-        lines.append(
-            f"  8 and 4 bits: groups of {GROUP_SIZE} weights share a scale, so layers of another width stay bfloat16: "
-            f"{_listed(info.unquantizable)}"
-        )
+        stay = f"where {GROUP_SIZE} does not divide a layer's width, it stays bfloat16: {_listed(info.unquantizable)}"
+        lines += _wrapped("8 and 4 bits", f"groups of {GROUP_SIZE} weights share a scale; {stay}")
     return lines
 
 
@@ -124,7 +130,9 @@ def _speed(info: ModelInfo) -> list[str]:
     fused = info.fused_attention
     lines = [
         "Attention on Apple GPUs: does a fused Metal kernel serve it? (`genlip-mlx doctor` checks on this machine)",
-        _row("encoding", f"{'yes' if fused.encoding else 'no, slower and with more memory'}: head dim {fused.head_dim}"),
+        _row(
+            "encoding", f"{'yes' if fused.encoding else 'no, slower and with more memory'}: head dim {fused.head_dim}"
+        ),
     ]
     if info.cache is None:
         return lines
@@ -138,8 +146,7 @@ def _speed(info: ModelInfo) -> list[str]:
         "Memory for captioning one picture, beside the weights (keys and values, the KV cache)",
         _row("bfloat16", f"{size(cache.bfloat16_bytes):>9}"),
         _row("float32", f"{size(cache.float32_bytes):>9}"),
-        f"  for {cache.image_tokens} image tokens, a prompt of {cache.prompt_tokens} and "
-        f"a caption of {cache.caption_tokens} tokens",
+        f"  for {cache.image_tokens} image, {cache.prompt_tokens} prompt and {cache.caption_tokens} caption tokens",
     ]
 
 

@@ -5,6 +5,7 @@ Commands import what is heavy inside themselves, so that `--help` answers at onc
 
 from __future__ import annotations
 
+import io
 import sys
 import traceback
 from typing import Annotated, NoReturn
@@ -57,14 +58,18 @@ def main() -> NoReturn:
     """Run the command; one clear line for an error (exit code 1; 2 for bad usage, 130 for Ctrl-C)."""
     debug = "--debug" in sys.argv
     arguments = [word for word in sys.argv[1:] if word != "--debug"]
+    for stream in (sys.stdout, sys.stderr):  # a file name may hold what the terminal cannot show
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     code: int
     try:
-        code = app(arguments, standalone_mode=False) or 0
+        code = app(arguments, prog_name="genlip-mlx", standalone_mode=False) or 0
         if code == INTERRUPTED:
             note("interrupted")
     except typer.TyperException as error:  # a wrong or missing option
         code = error.exit_code
-        note(f"error: {error.format_message()} (see genlip-mlx --help)")
+        if message := error.format_message():  # none if no command was given and the help is shown
+            note(f"error: {' '.join(message.split())} (see genlip-mlx --help)")
     except (ValueError, OSError) as error:
         code = _report(error, debug, str(error) or type(error).__name__)
     except Exception as error:

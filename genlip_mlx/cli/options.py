@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import Annotated, Optional
+from typing import Annotated
 
 import typer
 
@@ -17,27 +17,29 @@ class Dtype(str, Enum):
 
 Model = Annotated[str, typer.Option("--model", help="Model folder, or hub repo id (owner/name).", show_default=False)]
 Images = Annotated[
-    list[str], typer.Argument(help="Pictures: files, folders (searched recursively), http(s) addresses.", show_default=False)
+    list[str],
+    typer.Argument(help="Pictures: files, folders (searched recursively), http(s) addresses.", show_default=False),
 ]
-Revision = Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub repo.", show_default=False)]
+Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repo.", show_default=False)]
 MlxPath = Annotated[str, typer.Option("--mlx-path", help="Folder to write.", show_default=False)]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there already.")]
 UploadRepo = Annotated[
-    Optional[str], typer.Option("--upload-repo", help="Publish the folder to this hub repo.", show_default=False)
+    str | None, typer.Option("--upload-repo", help="Publish the folder to this hub repo.", show_default=False)
 ]
 LoadDtype = Annotated[
     Dtype, typer.Option("--dtype", help="Type to compute in; auto: bfloat16 on a GPU, float32 on a CPU.")
 ]
 QBits = Annotated[
-    Optional[int], typer.Option("--q-bits", help="Bits a weight: 2, 3, 4, 5, 6 or 8; 4 if not given.", show_default=False)
+    int | None,
+    typer.Option("--q-bits", help="Bits a weight: 2, 3, 4, 5, 6 or 8; 4 if not given.", show_default=False),
 ]
 QGroupSize = Annotated[
-    Optional[int],
+    int | None,
     typer.Option("--q-group-size", help="Weights that share a scale; 64 if not given.", show_default=False),
 ]
 QMode = Annotated[str, typer.Option("--q-mode", help="affine, mxfp4, mxfp8 or nvfp4.")]
 QuantRecipe = Annotated[
-    Optional[str],
+    str | None,
     typer.Option(
         "--quant-recipe",
         help="mixed_4_8: 8 bits for embedding, head, first and last block, 4 for the rest.",

@@ -19,6 +19,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import GenLIPConfig
+from .exponential import sigmoid, unmasked_attention
 from .rope import Rope, rotate
 from .sequence import PackedSequence
 
@@ -39,6 +40,8 @@ class Context(Protocol):
 def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None, scale: float) -> mx.array:
     """Softmax attention of [B, L, H, d] queries over [B, S, H, d] keys and values: [B, L, H, d]."""
     q, k, v = (x.swapaxes(1, 2) for x in (queries, keys, values))
+    if mask is None:
+        return unmasked_attention(q, k, v, scale).swapaxes(1, 2)
     return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask).swapaxes(1, 2)
 
 
@@ -88,8 +91,8 @@ class PackedContext:
         ks, vs = seq.image.split(image_k), seq.image.split(image_v)
         prefix_ks, prefix_vs = ks, vs
         if seq.num_text_rows:
-            prefix_ks = [mx.concatenate(pair, axis=1) for pair in zip(ks, seq.text.split(text_k))]
-            prefix_vs = [mx.concatenate(pair, axis=1) for pair in zip(vs, seq.text.split(text_v))]
+            prefix_ks = [mx.concatenate([i, t], axis=1) for i, t in zip(ks, seq.text.split(text_k))]
+            prefix_vs = [mx.concatenate([i, t], axis=1) for i, t in zip(vs, seq.text.split(text_v))]
         if self.rows is not None:
             qs = seq.output.split(queries)
             return seq.output.join(
@@ -129,5 +132,5 @@ class Attention(nn.Module):
         q, k, v = (y.reshape(-1, self.num_heads, self.head_dim) for y in (q, self.k_proj(x), self.v_proj(x)))
         out = context.attend(context.rotate(q, queries=True), context.rotate(k), v).flatten(1)
         if self.gated:
-            out = out * mx.sigmoid(gate)
+            out = out * sigmoid(gate)
         return self.out_proj(out)

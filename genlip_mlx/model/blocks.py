@@ -9,9 +9,10 @@ import mlx.nn as nn
 
 from ..config import GenLIPConfig
 from .attention import Attention, Context
+from .exponential import silu
 
 ACTIVATIONS: dict[str, Callable[[mx.array], mx.array]] = {
-    "silu": nn.silu,
+    "silu": silu,
     "gelu": nn.gelu,
     "gelu_pytorch_tanh": nn.gelu_approx,
     "relu": nn.relu,

@@ -133,9 +133,7 @@ class CachedContext:
         """[B * L, H, d] each -> [B * L, H, d]."""
         head_dim = queries.shape[-1]
         width = cache_head_dim(head_dim)
-        q, k, v = (
-            _widen(x.reshape(*self.shape, *x.shape[1:]).swapaxes(1, 2), width) for x in (queries, keys, values)
-        )
+        q, k, v = (_widen(x.reshape(*self.shape, *x.shape[1:]).swapaxes(1, 2), width) for x in (queries, keys, values))
         k, v = self.cache.extend(self.layer, k, v)
         out = mx.fast.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5, mask=self.mask)
         return out[..., :head_dim].swapaxes(1, 2).reshape(-1, *queries.shape[1:])

@@ -48,7 +48,9 @@ class VisionOnlyError(ValueError):
     """A model without text embedding and head was asked for text."""
 
     def __init__(self) -> None:
-        super().__init__("this model is vision-only: it has no text embedding and no head; convert without --vision-only")
+        super().__init__(
+            "this model is vision-only: it has no text embedding and no head; convert without --vision-only"
+        )
 
 
 class GenLIP(nn.Module):
@@ -167,7 +169,9 @@ class GenLIP(nn.Module):
         if self.config.vision_only:
             raise VisionOnlyError
         if sequence is not None and input_ids.shape != (sequence.num_text_rows,):
-            raise ValueError(f"input_ids {input_ids.shape} do not hold the {sequence.num_text_rows} tokens of the texts")
+            raise ValueError(
+                f"input_ids {input_ids.shape} do not hold the {sequence.num_text_rows} tokens of the texts"
+            )
         x = self.embeddings(input_ids)
         return self.in_proj(x) if "in_proj" in self else x
 
@@ -199,8 +203,9 @@ def initialize(model: GenLIP, key: mx.array) -> None:
     uniform for attention projections, LayerNorm 1 and 0.
     """
     std = model.config.initializer_range
-    weights = []
-    for name, value in tree_flatten(model.parameters()):
+    weights: dict[str, mx.array] = {}
+    tree_flatten(model.parameters(), destination=weights)
+    for name, value in weights.items():
         if name.endswith("bias"):
             value = mx.zeros_like(value)
         elif name.endswith("_proj.weight") and ".self_attn." in name:
@@ -210,5 +215,5 @@ def initialize(model: GenLIP, key: mx.array) -> None:
         elif value.ndim == 2:
             key, draw = mx.random.split(key)
             value = std * mx.random.normal(value.shape, value.dtype, key=draw)
-        weights.append((name, value))
-    model.update(tree_unflatten(weights))
+        weights[name] = value
+    model.update(tree_unflatten(list(weights.items())))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import cast
 
 import mlx.core as mx
 import numpy as np
@@ -90,7 +91,7 @@ class Arrangement:
     def split(self, x: mx.array) -> list[mx.array]:
         """[N, H, d] of the stream -> [B, L, H, d] of each bucket; padding holds some other row."""
         if not self.in_order:
-            x = _gather(x, *self._maps)
+            x = cast(mx.array, _gather(x, *self._maps))
         ends = np.cumsum([b * n for b, n in self.shapes])[:-1].tolist()
         parts = mx.split(x, ends) if ends else [x]
         return [part.reshape(b, n, *x.shape[1:]) for part, (b, n) in zip(parts, self.shapes)]
@@ -99,7 +100,7 @@ class Arrangement:
         """The way back of `split`; what stands in padding is dropped."""
         flat = [part.reshape(-1, *part.shape[2:]) for part in parts]
         x = mx.concatenate(flat) if len(flat) > 1 else flat[0]
-        return x if self.in_order else _gather_back(x, *self._maps)
+        return x if self.in_order else cast(mx.array, _gather_back(x, *self._maps))
 
 
 @dataclass(frozen=True)
@@ -184,7 +185,9 @@ class PackedSequence:
         useful, widest = 0, (0, 0)
         for i in order:
             wider = (max(widest[0], sizes[i][0]), max(widest[1], sizes[i][1]))
-            if buckets and (len(buckets[-1]) + 1) * _attention_work(*wider) <= (1 + self.slack) * (useful + _attention_work(*sizes[i])):
+            if buckets and (len(buckets[-1]) + 1) * _attention_work(*wider) <= (1 + self.slack) * (
+                useful + _attention_work(*sizes[i])
+            ):
                 buckets[-1].append(i)
                 useful, widest = useful + _attention_work(*sizes[i]), wider
             else:

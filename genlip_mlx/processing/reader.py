@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import islice
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 
 import numpy as np
@@ -44,16 +44,13 @@ def read_images(processor: ImageProcessor, images: Iterable[ImageLike]) -> Itera
             return Reading(name, np.empty((0, 0), np.float32), (0, 0), message)
         return Reading(name, patches, grid)
 
-    pending: deque[Future[Reading]] = deque()
+    pending: deque[AsyncResult[Reading]] = deque()
     numbered = enumerate(images)
-    with ThreadPoolExecutor(WORKERS) as pool:
-        try:
-            for number, source in islice(numbered, AHEAD):
-                pending.append(pool.submit(read, number, source))
-            while pending:
-                yield pending.popleft().result()
-                for number, source in islice(numbered, 1):
-                    pending.append(pool.submit(read, number, source))
-        finally:
-            for future in pending:
-                future.cancel()
+    # Its threads are daemons: a server that does not answer cannot hold up who stops early, or Ctrl-C.
+    with ThreadPool(WORKERS) as pool:
+        for number, source in islice(numbered, AHEAD):
+            pending.append(pool.apply_async(read, (number, source)))
+        while pending:
+            yield pending.popleft().get()
+            for number, source in islice(numbered, 1):
+                pending.append(pool.apply_async(read, (number, source)))

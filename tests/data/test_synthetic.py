@@ -7,8 +7,7 @@ import json
 import subprocess
 import sys
 import tarfile
-from collections.abc import Iterator
-from itertools import chain
+from itertools import chain, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -16,13 +15,13 @@ import pytest
 import typer
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageDraw
+from PIL import Image, ImageFilter
 from typer.testing import CliRunner
 
 from genlip_mlx.cli.synth import synth
 from genlip_mlx.data import writers
 from genlip_mlx.data.scenes.dice import Dice
-from genlip_mlx.data.scenes.vocabulary import BACKGROUNDS, COLOURS
+from genlip_mlx.data.scenes.vocabulary import COLOURS
 from genlip_mlx.data.scoring import edit_distance, read_groups, read_texts, read_values, score, summary
 from genlip_mlx.data.synthetic import KINDS, LAYOUTS, SPLITS, Scene, SceneError, Scenes
 from genlip_mlx.data.writers import write
@@ -102,7 +101,7 @@ def test_captions_are_long_and_varied(scenes: list[Scene]) -> None:
     assert all(25 <= len(scene.caption.split()) <= 70 for scene in scenes)
     assert all(scene.caption.endswith(".") and scene.caption[0].isupper() for scene in scenes)
     openings = {" ".join(scene.caption.split()[:3]) for scene in scenes}
-    assert len(openings) > 60
+    assert len(openings) > 50
     words = {word.strip('.,;:"').lower() for scene in scenes for word in scene.caption.split()}
     assert len([word for word in words if word.isalpha()]) < 1000
 
@@ -124,7 +123,7 @@ def test_the_true_caption_scores_perfectly(scenes: list[Scene]) -> None:
 
 
 def test_another_caption_does_not(scenes: list[Scene]) -> None:
-    swapped = summary(score(a.facts, b.caption) for a, b in zip(scenes, scenes[1:]))
+    swapped = summary(score(a.facts, b.caption) for a, b in pairwise(scenes))
     assert swapped["character_error_rate"] > 0.8
     assert max(swapped[name] for name in ("shapes", "colours", "counts", "places", "values")) < 0.3
 
@@ -135,41 +134,40 @@ def test_totals_add_up() -> None:
         assert round(sum(prices), 2) == total
 
 
-def blobs(image: Image.Image, colours: dict[str, tuple[int, int, int]]) -> Iterator[str]:
-    """The nearest colour's name of each connected patch of one colour, slivers left out."""
-    pixels = np.asarray(image, dtype=np.int32)
-    palette = np.array(list(colours.values()))
-    nearest = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
-    for k, name in enumerate(colours):
-        mask = Image.fromarray(np.where(nearest == k, 255, 0).astype(np.uint8))
-        while True:
-            rows, columns = np.nonzero(np.asarray(mask) == 255)
-            if not len(rows):
-                break
-            before = len(rows)
-            ImageDraw.floodfill(mask, (int(columns[0]), int(rows[0])), 0)
-            if before - int((np.asarray(mask) == 255).sum()) > 40:
-                yield name
+def count_blobs(mask: np.ndarray) -> int:
+    """Connected patches of a mask that are at least 3 pixels thick somewhere: a smooth edge is none."""
+    solid = {tuple(p) for p in np.argwhere(np.asarray(Image.fromarray(mask).filter(ImageFilter.MinFilter(3))))}
+    todo = {tuple(p) for p in np.argwhere(mask)}
+    blobs = 0
+    while todo:
+        edge = [todo.pop()]
+        thick = False
+        while edge:
+            y, x = edge.pop()
+            thick |= (y, x) in solid
+            near = {(y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)} & todo
+            todo -= near
+            edge += near
+        blobs += thick
+    return blobs
 
 
 def test_shapes_are_as_many_and_of_the_colour_that_is_said() -> None:
-    checked = 0
-    for scene in Scenes("validation", size=25, kinds=["shapes"]):
-        said = {
-            name: sum(fact["count"] for fact in scene.facts if fact["colour"] == name)
-            for name in {fact["colour"] for fact in scene.facts}
-        }
-        ground = next(name for name in BACKGROUNDS if f"{name} background" in scene.caption.replace("is ", "") + name)
-        corner = scene.image.getpixel((0, 0))
-        found = list(blobs(scene.image, {name: COLOURS[name] for name in said} | {ground: corner}))
-        assert {name: found.count(name) for name in said} == said, scene.caption
-        checked += 1
-    assert checked == 25
+    for scene in Scenes("validation", size=30, kinds=["shapes"]):
+        pixels = np.asarray(scene.image.filter(ImageFilter.MedianFilter(3)), dtype=np.int32)
+        grounds = [pixels[y, x] for y in (1, -2) for x in (1, -2)]
+        names = sorted({fact["colour"] for fact in scene.facts})
+        palette = np.array([*(COLOURS[name] for name in names), *grounds])
+        nearest = ((pixels[:, :, None] - palette) ** 2).sum(-1).argmin(-1)
+        for k, name in enumerate(names):
+            said = sum(fact["count"] for fact in scene.facts if fact["colour"] == name)
+            assert count_blobs((nearest == k).astype(np.uint8) * 255) == said, scene.caption
 
 
 def test_groups_are_read_in_any_order_and_spelling() -> None:
     caption = (
-        'In the center there are 3 small blue stars; one red ring is drawn at the top left. A sign says "two red hearts". '
+        "In the center there are 3 small blue stars; one red ring is drawn at the top left. "
+        'A sign says "two red hearts". '
         "Two crosses can be seen. The red ring is above the blue stars."
     )
     assert [(g["count"], g["colour"], g["shape"], g["place"]) for g in read_groups(caption)] == [
@@ -310,7 +308,7 @@ def test_shards_hold_every_scene(tmp_path: Path, few: Scenes, monkeypatch: pytes
                 index += 1
     assert index == 7
     write(few, tmp_path / "b", "webdataset")
-    assert (tmp_path / "b" / "000000.tar").stat().st_mtime > 0
+    assert all((tmp_path / "b" / shard.name).read_bytes() == shard.read_bytes() for shard in shards)
 
 
 def test_any_number_of_workers_writes_the_same(tmp_path: Path, few: Scenes, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -340,7 +338,7 @@ def test_what_is_there_is_not_overwritten(tmp_path: Path, few: Scenes) -> None:
     ("trouble", "raised", "message"),
     [
         (OSError(28, "No space left on device"), OSError, "No space left on device; nothing"),
-        (KeyboardInterrupt(), KeyboardInterrupt, ""),
+        (KeyboardInterrupt(), KeyboardInterrupt, "^$"),
     ],
 )
 @pytest.mark.parametrize("format", writers.FORMATS)

@@ -127,7 +127,9 @@ class Dense:
     def feed_forward(self, name: str, x: mx.array) -> mx.array:
         up = self.linear(f"{name}.fc1", x)
         if self.config.use_swiglu_ffn:
-            return self.linear(f"{name}.fc2", activation(self.config.hidden_act, self.linear(f"{name}.gate_fc", x)) * up)
+            return self.linear(
+                f"{name}.fc2", activation(self.config.hidden_act, self.linear(f"{name}.gate_fc", x)) * up
+            )
         return self.linear(f"{name}.fc2", activation(self.config.hidden_act, up))
 
     def states(self, rows: Sequence[Row], patches: mx.array, input_ids: mx.array) -> list[mx.array]:
