@@ -41,7 +41,7 @@ make_venv() {
     if "$VENV/bin/python" -m pip --version >/dev/null 2>&1; then
         return
     fi
-    python=$(find_python) || fail "No Python 3.10 or newer found; install one, for example from python.org, and run this again."
+    python=$(find_python) || fail "No Python 3.10 or newer found; install one and run this again."
     # Rosetta: an Intel Python on an Apple silicon Mac would find no mlx.
     if [ "$(uname -s)" = Darwin ] && [ "$("$python" -c 'import platform; print(platform.machine())')" != arm64 ]; then
         fail "$python is not an Apple silicon Python, which MLX needs; install an arm64 Python."

@@ -6,8 +6,9 @@
   same thing with no text.
 - `CachedContext` (see `cache.py`): new text rows over the keys and values of what came before.
 
-A context has three methods: `queried(x)` keeps the rows whose output is wanted, `rotate(x)`
-applies MRoPE, and `attend(q, k, v)` is softmax attention. All arrays are flat: [rows, H, d].
+A context has four methods: `queried(x)` keeps the rows whose output is wanted, `rotate(x)`
+applies MRoPE, `attend(q, k, v)` is softmax attention, and `drop_path` leaves a branch out for
+some samples while training. All arrays are flat: [rows, H, d].
 """
 
 from __future__ import annotations
@@ -20,15 +21,12 @@ import mlx.nn as nn
 
 from ..config import GenLIPConfig
 from .exponential import sigmoid, unmasked_attention
-from .rope import Rope, rotate
+from .rope import rotate
 from .sequence import PackedSequence
 
 
 class Context(Protocol):
     """What attention needs to know about its rows."""
-
-    num_samples: int
-    samples: mx.array  # int32 [queried rows], the sample of each: for DropPath
 
     def queried(self, x: mx.array) -> mx.array: ...
 
@@ -36,9 +34,13 @@ class Context(Protocol):
 
     def rotate(self, x: mx.array, queries: bool = False) -> mx.array: ...
 
+    def drop_path(self, branch: mx.array, number: int) -> mx.array: ...
+
 
 def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None, scale: float) -> mx.array:
     """Softmax attention of [B, L, H, d] queries over [B, S, H, d] keys and values: [B, L, H, d]."""
+    if queries.shape[1] == 0:  # a bucket of pictures without text
+        return queries
     q, k, v = (x.swapaxes(1, 2) for x in (queries, keys, values))
     if mask is None:
         return unmasked_attention(q, k, v, scale).swapaxes(1, 2)
@@ -52,24 +54,26 @@ class PackedContext:
     Nothing crosses samples, and the cost is each sample's own.
 
     Args:
+        table: cos and sin of the rows, `Rope.table(sequence.positions)`; blocks share one.
         outputs_only: ask only for the rows that predict text (`PackedSequence.output_rows`):
             the last block of a captioner needs no others.
         observe: called with the rotated keys and the values [P + T, H, d] of each layer.
+        kept: factors [2, n] of each sample's two branches, for drop path; None keeps all.
     """
 
     def __init__(
         self,
         sequence: PackedSequence,
-        rope: Rope,
+        table: tuple[mx.array, mx.array],
         outputs_only: bool = False,
         observe: Callable[[mx.array, mx.array], None] | None = None,
+        kept: mx.array | None = None,
     ):
         self.sequence = sequence
         self.observe = observe
-        self.cos, self.sin = rope.table(sequence.positions)
+        self.kept = kept
+        self.cos, self.sin = table
         self.rows = sequence.output_rows if outputs_only else None
-        self.num_samples = len(sequence.grids)
-        self.samples = sequence.samples if self.rows is None else sequence.samples[self.rows]
 
     def queried(self, x: mx.array) -> mx.array:
         return x if self.rows is None else x[self.rows]
@@ -78,6 +82,13 @@ class PackedContext:
         if queries:
             return rotate(x, self.queried(self.cos), self.queried(self.sin))
         return rotate(x, self.cos, self.sin)
+
+    def drop_path(self, branch: mx.array, number: int) -> mx.array:
+        """The branch (0 attention, 1 feed-forward) [queried rows, D] times its sample's factor."""
+        if self.kept is None:
+            return branch
+        factors = self.kept[number][self.queried(self.sequence.samples)]
+        return branch * factors[:, None].astype(branch.dtype)
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         """Attention of the queried rows [Q, H, d] over all rows [P + T, H, d]: [Q, H, d]."""

@@ -48,26 +48,8 @@ class LayerScale(nn.Module):
         return x * self.lambda1
 
 
-class DropPath(nn.Module):
-    """Leave a branch out for whole samples while training (stochastic depth, arXiv 1603.09382).
-
-    Kept samples are scaled by 1 / (1 - rate), so that the mean is the same.
-    """
-
-    def __init__(self, rate: float):
-        super().__init__()
-        self.rate = rate
-
-    def __call__(self, x: mx.array, context: Context) -> mx.array:
-        """[queried rows, D] -> the same; `context.samples` says which sample a row belongs to."""
-        if not self.training or self.rate == 0:
-            return x
-        kept = mx.random.bernoulli(1 - self.rate, (context.num_samples,)) / (1 - self.rate)
-        return x * kept[context.samples][:, None].astype(x.dtype)
-
-
 class Block(nn.Module):
-    """Pre-norm attention and feed-forward, each with LayerScale and DropPath.
+    """Pre-norm attention and feed-forward, each with LayerScale and drop path.
 
     With a context that asks for few rows (`Context.queried`), all rows give keys and values
     and only those go on.
@@ -84,15 +66,14 @@ class Block(nn.Module):
         if self.scaled:
             self.layer_scale1 = LayerScale(dim, config.ls_init_value)
             self.layer_scale2 = LayerScale(dim, config.ls_init_value)
-        self.drop_path = DropPath(config.drop_path_rate)
 
     def __call__(self, x: mx.array, context: Context) -> mx.array:
         """[rows, D] -> [queried rows, D]."""
         branch = self.self_attn(self.layer_norm1(x), context)
         if self.scaled:
             branch = self.layer_scale1(branch)
-        x = context.queried(x) + self.drop_path(branch, context)
+        x = context.queried(x) + context.drop_path(branch, 0)
         branch = self.mlp(self.layer_norm2(x))
         if self.scaled:
             branch = self.layer_scale2(branch)
-        return x + self.drop_path(branch, context)
+        return x + context.drop_path(branch, 1)

@@ -120,14 +120,15 @@ class CachedContext:
     ):
         self.cache, self.layer, self.shape, self.mask = cache, layer, shape, mask
         self.cos, self.sin = table
-        self.num_samples = shape[0]
-        self.samples = mx.repeat(mx.arange(shape[0]), shape[1])
 
     def queried(self, x: mx.array) -> mx.array:
         return x
 
     def rotate(self, x: mx.array, queries: bool = False) -> mx.array:
         return rotate(x, self.cos, self.sin)
+
+    def drop_path(self, branch: mx.array, number: int) -> mx.array:
+        return branch
 
     def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
         """[B * L, H, d] each -> [B * L, H, d]."""

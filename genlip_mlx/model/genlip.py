@@ -33,7 +33,7 @@ class VisionEmbeddings(nn.Module):
 
     def __call__(self, patches: mx.array) -> mx.array:
         """[P, 3*p*p] -> [P, D]."""
-        return self.patch_embedding(patches.astype(self.patch_embedding.weight.dtype))
+        return self.patch_embedding(patches.astype(self.patch_embedding.bias.dtype))
 
 
 class Visual(nn.Module):
@@ -87,15 +87,26 @@ class GenLIP(nn.Module):
         """
         return self.logits(self.outputs(patches, input_ids, sequence))
 
-    def outputs(self, patches: mx.array, input_ids: mx.array, sequence: PackedSequence) -> mx.array:
-        """As a call, before the head: `ln_post` features [n + T, D] of the rows that predict text."""
+    def outputs(
+        self, patches: mx.array, input_ids: mx.array, sequence: PackedSequence, checkpoint: bool = False
+    ) -> mx.array:
+        """As a call, before the head: `ln_post` features [n + T, D] of the rows that predict text.
+
+        In training mode samples drop paths at the config's rate.
+
+        Args:
+            checkpoint: keep no activations inside blocks; the backward pass computes them again.
+        """
         x = mx.concatenate([self._embed_images(patches, sequence), self.embed_text(input_ids, sequence)])
-        *layers, last = self.visual.layers
-        rope = Rope(self.config)
-        context = PackedContext(sequence, rope)
-        for layer in layers:
-            x = layer(x, context)
-        return self.ln_post(last(x, PackedContext(sequence, rope, outputs_only=True)))
+        layers, rate = self.visual.layers, self.config.drop_path_rate
+        table = Rope(self.config).table(sequence.positions)
+        # Drawn here and not inside blocks, which a backward pass may run a second time.
+        drop = self.training and rate > 0
+        kept = drop_path_factors(rate, len(layers), len(sequence.grids)) if drop else [None] * len(layers)
+        for number, layer in enumerate(layers):
+            context = PackedContext(sequence, table, outputs_only=layer is layers[-1], kept=kept[number])
+            x = _checkpointed(layer, context)(x) if checkpoint else layer(x, context)
+        return self.ln_post(x)
 
     def logits(self, features: mx.array) -> mx.array:
         """Scores of the vocabulary for `ln_post` features: [..., D] -> [..., V]."""
@@ -136,13 +147,13 @@ class GenLIP(nn.Module):
         """
         sequence = PackedSequence(grids)
         cache = Cache(self.config, sequence.grids)
-        rope = Rope(self.config)
+        table = Rope(self.config).table(sequence.positions)
         x = self._embed_images(patches, sequence)
         *layers, last = self.visual.layers
-        context = PackedContext(sequence, rope, observe=cache.add_images)
+        context = PackedContext(sequence, table, observe=cache.add_images)
         for layer in layers:
             x = layer(x, context)
-        x = last(x, PackedContext(sequence, rope, outputs_only=True, observe=cache.add_images))
+        x = last(x, PackedContext(sequence, table, outputs_only=True, observe=cache.add_images))
         return self.logits(self.ln_post(x)), cache
 
     def extend(self, input_ids: mx.array, cache: Cache, all_logits: bool = False) -> mx.array:
@@ -150,7 +161,12 @@ class GenLIP(nn.Module):
 
         Returns:
             logits [B, V] of the last of them, or [B, L, V] with `all_logits`.
+
+        Raises:
+            ValueError: if there is not one row a sequence, or no token.
         """
+        if input_ids.ndim != 2 or input_ids.shape[0] != cache.batch_size or input_ids.shape[1] == 0:
+            raise ValueError(f"input_ids {input_ids.shape} must be [{cache.batch_size}, tokens], a row a sequence")
         batch, tokens = input_ids.shape
         x = self.embed_text(input_ids.flatten())
         for layer, context in zip(self.visual.layers, cache.contexts(tokens)):
@@ -186,7 +202,7 @@ class GenLIP(nn.Module):
     ) -> mx.array:
         sequence = PackedSequence(grids)
         x = self._embed_images(patches, sequence)
-        context: Context = PackedContext(sequence, Rope(self.config))
+        context: Context = PackedContext(sequence, Rope(self.config).table(sequence.positions))
         if observe is not None:
             observe(x)
         for layer in self.visual.layers:
@@ -196,11 +212,24 @@ class GenLIP(nn.Module):
         return x
 
 
+def drop_path_factors(rate: float, layers: int, samples: int) -> mx.array:
+    """Stochastic depth (arXiv 1603.09382): 0 for a branch left out, 1 / (1 - rate) for one kept, so that the mean is 1.
+
+    Returns:
+        [layers, 2, samples]: a block's attention and feed-forward branch, for each sample.
+    """
+    return mx.random.bernoulli(1 - rate, (layers, 2, samples)) / (1 - rate)
+
+
+def _checkpointed(layer: Block, context: Context) -> Callable[[mx.array], mx.array]:
+    return nn.utils.checkpoint(layer, lambda x: layer(x, context))
+
+
 def initialize(model: GenLIP, key: mx.array) -> None:
     """Random weights for pretraining, in place (section 7 of the method's description).
 
     normal(initializer_range) for linears, embeddings and the patch kernel, zero biases, Xavier
-    uniform for attention projections, LayerNorm 1 and 0.
+    uniform for attention projections, LayerNorm 1 and 0, LayerScale its initial value.
     """
     std = model.config.initializer_range
     weights: dict[str, mx.array] = {}
@@ -208,11 +237,15 @@ def initialize(model: GenLIP, key: mx.array) -> None:
     for name, value in weights.items():
         if name.endswith("bias"):
             value = mx.zeros_like(value)
+        elif name.endswith("lambda1"):
+            value = mx.full(value.shape, model.config.ls_init_value, value.dtype)
+        elif value.ndim == 1:
+            value = mx.ones_like(value)
         elif name.endswith("_proj.weight") and ".self_attn." in name:
             key, draw = mx.random.split(key)
             bound = (6 / sum(value.shape)) ** 0.5
             value = mx.random.uniform(-bound, bound, value.shape, value.dtype, draw)
-        elif value.ndim == 2:
+        else:
             key, draw = mx.random.split(key)
             value = std * mx.random.normal(value.shape, value.dtype, key=draw)
         weights[name] = value

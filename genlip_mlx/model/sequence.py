@@ -126,8 +126,10 @@ class PackedSequence:
         if not grids or any(h < 1 or w < 1 for h, w in grids):
             raise ValueError(f"grids must name at least one (h, w) of one patch or more, not {list(self.grids)}")
         texts = tuple(int(n) for n in self.text_lengths) or (0,) * len(grids)
-        if len(texts) != len(grids) or any(n < 0 for n in texts):
-            raise ValueError(f"{len(grids)} grids need as many text lengths, not {list(self.text_lengths)}")
+        if len(texts) != len(grids):
+            raise ValueError(f"{len(grids)} grids need as many text lengths, not {len(texts)}")
+        if any(n < 0 for n in texts):
+            raise ValueError(f"text lengths must not be negative: {list(self.text_lengths)}")
         object.__setattr__(self, "grids", grids)
         object.__setattr__(self, "text_lengths", texts)
 

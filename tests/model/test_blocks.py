@@ -1,4 +1,4 @@
-"""DropPath, initial weights, and the parameter count."""
+"""Drop path, initial weights, and the parameter count."""
 
 from __future__ import annotations
 
@@ -13,57 +13,57 @@ from model.random_case import random_model, random_pack, small_config
 
 from genlip_mlx.config import estimate_parameters
 from genlip_mlx.model.attention import PackedContext
-from genlip_mlx.model.blocks import DropPath
-from genlip_mlx.model.genlip import GenLIP, initialize
+from genlip_mlx.model.genlip import GenLIP, drop_path_factors, initialize
 from genlip_mlx.model.rope import Rope
 from genlip_mlx.model.sequence import PackedSequence
 
 RATE = 0.25
 
 
-def context(samples: int, text: int = 2, outputs_only: bool = False) -> PackedContext:
-    sequence = PackedSequence([(1, 3)] * samples, [text] * samples)
-    return PackedContext(sequence, Rope(small_config()), outputs_only)
-
-
 @pytest.mark.parametrize("outputs_only", [False, True])
 def test_drop_path_drops_whole_samples(outputs_only: bool) -> None:
     # Image rows and text rows of a sample share one lot, in the last block too.
     mx.random.seed(0)
-    packed = context(200, outputs_only=outputs_only)
+    sequence = PackedSequence([(1, 3)] * 200, [4] * 200)
+    table = Rope(small_config()).table(sequence.positions)
+    (kept,) = drop_path_factors(RATE, 1, 200)
+    packed = PackedContext(sequence, table, outputs_only, kept=kept)
     # Streams hold all pictures, then all texts; rows that predict come sample after sample.
     number = np.arange(200)
-    samples = np.repeat(number, 3) if outputs_only else np.concatenate([np.repeat(number, 3), np.repeat(number, 2)])
-    out = np.asarray(DropPath(RATE)(mx.ones((len(samples), 4)), packed))
-    lots = np.array([out[samples == i][0, 0] for i in range(200)])
-    np.testing.assert_array_equal(out, np.repeat(lots[samples][:, None], 4, axis=1))
-    assert set(lots.tolist()) == {0.0, float(np.float32(1) / np.float32(1 - RATE))}
+    samples = np.repeat(number, 5) if outputs_only else np.concatenate([np.repeat(number, 3), np.repeat(number, 4)])
+    for branch in (0, 1):
+        out = np.asarray(packed.drop_path(mx.ones((len(samples), 4)), branch))
+        np.testing.assert_array_equal(out, np.repeat(np.asarray(kept[branch])[samples][:, None], 4, axis=1))
+    assert packed.drop_path(mx.ones((len(samples), 4), mx.bfloat16), 0).dtype == mx.bfloat16
 
 
-def test_drop_path_keeps_the_mean() -> None:
+def test_drop_path_factors_keep_the_mean() -> None:
     mx.random.seed(0)
-    packed = context(20000, text=0)
-    out = DropPath(RATE)(mx.full((60000, 1), 3.0), packed)
-    # The standard deviation of a sample's factor is sqrt(rate / (1 - rate)) = 0.58.
-    assert out.mean().item() == pytest.approx(3, rel=4 * 0.58 / 20000**0.5)
+    factors = drop_path_factors(RATE, 2, 10000)
+    assert factors.shape == (2, 2, 10000)
+    assert set(np.unique(np.asarray(factors)).tolist()) == {0.0, float(np.float32(1) / np.float32(1 - RATE))}
+    # The standard deviation of one factor is sqrt(rate / (1 - rate)) = 0.58.
+    assert factors.mean().item() == pytest.approx(1, rel=4 * 0.58 / 40000**0.5)
+    assert not mx.array_equal(factors, drop_path_factors(RATE, 2, 10000))
 
 
-def test_drop_path_draws_anew_each_time() -> None:
-    mx.random.seed(0)
-    drop, packed, x = DropPath(RATE), context(100), mx.ones((500, 1))
-    assert not mx.array_equal(drop(x, packed), drop(x, packed))
+def test_checkpointing_repeats_the_same_drop_paths() -> None:
+    config = small_config(drop_path_rate=0.5)
+    model = random_model(config)
+    model.train()
+    pack = random_pack(config, [(2, 2)] * 4, [2] * 4)
+    sequence = PackedSequence(pack.grids, pack.text_lengths)
 
+    def gradients(checkpoint: bool) -> dict[str, mx.array]:
+        def loss(model: GenLIP) -> mx.array:
+            return (model.outputs(pack.patches, pack.input_ids, sequence, checkpoint) ** 2).sum()
 
-def test_drop_path_is_off_in_eval_and_at_rate_zero() -> None:
-    packed, x = context(50), mx.random.normal((250, 4), key=mx.random.key(0))
-    assert mx.array_equal(DropPath(0.0)(x, packed), x)
-    drop = DropPath(0.9)
-    drop.eval()
-    assert mx.array_equal(drop(x, packed), x)
+        mx.random.seed(0)
+        return dict(tree_flatten(nn.value_and_grad(model, loss)(model)[1]))
 
-
-def test_drop_path_keeps_the_precision() -> None:
-    assert DropPath(RATE)(mx.ones((250, 4), mx.bfloat16), context(50)).dtype == mx.bfloat16
+    plain, again = gradients(False), gradients(True)
+    for name, value in plain.items():
+        np.testing.assert_allclose(again[name], value, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_a_model_drops_paths_only_while_training() -> None:
