@@ -181,7 +181,7 @@ def write_features(path: str | Path, results: Iterable[Features]) -> list[Featur
             if result.hidden_states is not None:
                 arrays = {number: result.hidden_states, f"{number}.ln_post": result.features}
             for name, array in arrays.items():
-                values = np.array(array.astype(mx.float32))
+                values = np.ascontiguousarray(array.astype(mx.float32))  # safetensors writes memory as it lies
                 if result.features.ndim == 1:
                     key = "hidden_states" if array is result.hidden_states else "features"
                     pooled.setdefault(key, []).append(values)

@@ -1,6 +1,6 @@
 """Pixels and words to arrays. Numpy only: data workers import this without starting MLX."""
 
-from .images import ImageError, ImageProcessor, list_images, open_image
+from .images import ImageError, ImageProcessor, image_size, list_images, open_image
 from .processor import DEFAULT_PROMPT, NO_LOSS, Processor, TextSample
 from .tokenizer import Detokenizer, Tokenizer, TokenizerError, load_tokenizer
 
@@ -14,6 +14,7 @@ __all__ = [
     "TextSample",
     "Tokenizer",
     "TokenizerError",
+    "image_size",
     "list_images",
     "load_tokenizer",
     "open_image",
