@@ -20,8 +20,10 @@ from .doctor import doctor
 from .export import export
 from .features import features
 from .info import info
+from .pretrain import plot, pretrain
 from .quantize import dequantize, quantize
 from .synth import synth
+from .tokenizer import app as tokenizer
 
 INTERRUPTED = 130  # the exit code of a shell command that Ctrl-C ended
 
@@ -35,8 +37,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-for command in (convert, quantize, dequantize, export, caption, features, info, doctor, synth):
+for command in (convert, quantize, dequantize, export, caption, features, info, doctor, pretrain, plot, synth):
     app.command()(command)
+app.add_typer(tokenizer, name="tokenizer")
 
 
 def _show_version(wanted: bool) -> None:
@@ -69,7 +72,9 @@ def main() -> NoReturn:
     except typer.TyperException as error:  # a wrong or missing option
         code = error.exit_code
         if message := error.format_message():  # none if no command was given and the help is shown
-            note(f"error: {' '.join(message.split())} (see genlip-mlx --help)")
+            context = getattr(error, "ctx", None)
+            command = context.command_path if context is not None else "genlip-mlx"
+            note(f"error: {' '.join(message.split())} (see {command} --help)")
     except (ValueError, OSError) as error:
         code = _report(error, debug, str(error) or type(error).__name__)
     except Exception as error:

@@ -129,10 +129,7 @@ def _open_folder(folder: Path, columns: Columns, split: str) -> Source:
         if split != "train" and not own:
             raise SourceError(f"{folder}: no split {split}; that would be a subfolder {folder / split}")
         tables = own or tables
-    if (inside / _METADATA).is_file():
-        metadata = [inside / _METADATA]
-    else:
-        metadata = sorted(inside.rglob(_METADATA))
+    metadata = [inside / _METADATA] if (inside / _METADATA).is_file() else sorted(inside.rglob(_METADATA))
     lines, tars = metadata or sorted(inside.glob("*.jsonl")), sorted(inside.glob("*.tar"))
     for files in (lines, tars, tables):
         if files:
@@ -254,7 +251,8 @@ class ImageFolder(Source):
             found = list_images([str(folder)])
         except ImageError:
             raise SourceError(
-                f"{folder}: no records in this folder; it should hold pictures, {_METADATA}, .jsonl, .tar or .parquet files"
+                f"{folder}: no records in this folder; it should hold pictures, {_METADATA}, or .jsonl, .tar or "
+                ".parquet files"
             ) from None
         self._names = _Names(os.path.relpath(path, folder) for path in found)
 
@@ -363,25 +361,26 @@ def _walk(file: str) -> Iterator[tarfile.TarInfo]:
     Raises:
         TarError: at the first damage, saying what and where.
     """
-    size = os.path.getsize(file)
-    with tarfile.open(file, "r:") as tar:
-        tar.offset = 0  # opening has read the first member
+    size, end = os.path.getsize(file), 0
+    with open(file, "rb") as data, tarfile.open(fileobj=data, mode="r:") as tar:
         while True:
-            start = tar.offset
-            assert tar.fileobj is not None
-            tar.fileobj.seek(start)
+            data.seek(end)
+            block = data.read(_BLOCK)
+            if not block:
+                raise tarfile.ReadError(f"has no end mark, so it may be cut off, at byte {end}")
+            if not any(block):
+                if any(map(any, iter(lambda: data.read(1 << 16), b""))):
+                    raise tarfile.ReadError(f"goes on after its end mark at byte {end}")
+                return
+            data.seek(end)
+            tar.offset = end
             try:
                 member = tarfile.TarInfo.fromtarfile(tar)
-            except tarfile.EOFHeaderError:  # a block of zeros marks the end
-                if any(map(any, iter(lambda: tar.fileobj.read(1 << 16), b""))):
-                    raise tarfile.ReadError(f"goes on after its end mark at byte {start}") from None
-                return
-            except tarfile.EmptyHeaderError:
-                raise tarfile.ReadError(f"has no end mark, so it may be cut off, at byte {start}") from None
             except (tarfile.HeaderError, ValueError) as error:
-                raise tarfile.ReadError(f"is damaged at byte {start} ({error})") from None
+                raise tarfile.ReadError(f"is damaged at byte {end} ({_line(error)})") from None
             if member.offset_data + member.size > size:
                 raise tarfile.ReadError(f"is cut off inside {member.name}")
+            end = tar.offset
             yield member
 
 
@@ -528,7 +527,7 @@ class _Names(Sequence[str]):
 def _read(path: str | Path, *spans: Sequence[int]) -> list[bytes]:
     """Spans (offset, size) of a file. It is opened each time: 20 us, and no limit of open files is ever met."""
     parts = []
-    with open(path, "rb", buffering=0) as file:
+    with open(path, "rb") as file:
         for offset, size in spans:
             file.seek(offset)
             parts.append(file.read(size))

@@ -8,7 +8,6 @@ tokens, and a character is never shown before its last byte has come.
 from __future__ import annotations
 
 import codecs
-import shutil
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -22,7 +21,7 @@ if TYPE_CHECKING:
 END_OF_TURN = "<|im_end|>"  # generation stops at this token
 _SPACE = "\u2581"  # how SentencePiece writes a space
 _TOKENIZER_JSON = "tokenizer.json"
-# All that belongs to a tokenizer in a published folder; `save` copies those that exist.
+# All that belongs to a tokenizer in a published folder; `save` writes those that exist.
 _FILES = (
     _TOKENIZER_JSON,
     "tokenizer_config.json",
@@ -52,7 +51,9 @@ class Tokenizer(ABC):
     leading_spaces: int
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        # Held, so that a tokenizer can be saved after the folder it came from is gone.
+        found = (source for pattern in _FILES for source in sorted(path.parent.glob(pattern)))
+        self._files = {source.name: _read(source) for source in found}
 
     @property
     def stop_id(self) -> int:
@@ -88,18 +89,9 @@ class Tokenizer(ABC):
         return "".join(f"<0x{ord(c) - 0xDC00:02X}>" if 0xDC80 <= ord(c) <= 0xDCFF else c for c in text)
 
     def save(self, folder: Path) -> None:
-        """Copy the tokenizer's files, unchanged, into an existing folder.
-
-        Raises:
-            TokenizerError: if the file this tokenizer was loaded from is gone.
-        """
-        if not self._path.is_file():
-            raise TokenizerError(f"{self._path}: no longer there, so it cannot be copied to {folder}")
-        for pattern in _FILES:
-            for source in sorted(self._path.parent.glob(pattern)):
-                target = Path(folder) / source.name
-                if not (target.exists() and target.samefile(source)):
-                    shutil.copyfile(source, target)
+        """Write the files this tokenizer was loaded from, unchanged, into an existing folder."""
+        for name, content in self._files.items():
+            (Path(folder) / name).write_bytes(content)
 
     @abstractmethod
     def token_bytes(self, token_id: int) -> bytes:
