@@ -65,7 +65,7 @@ def model_folder(destination: str | Path, overwrite: bool = False) -> Iterator[P
     temporary = target.parent / f".{target.name}.{secrets.token_hex(4)}.partial"
     lock = -1
     try:
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_parents(target)
         _clear_abandoned(target)
         temporary.mkdir()
         lock = _lock(temporary)
@@ -96,9 +96,18 @@ def _check_destination(target: Path, overwrite: bool) -> None:
         if not _is_model(target):
             raise FileExistsError(f"{target}: is not empty and not a model folder; choose another name")
         if not overwrite:
-            raise FileExistsError(f"{target}: exists already; choose another name or delete it first")
+            raise FileExistsError(f"{target}: exists already; choose another name, or replace it with --overwrite")
     elif target.exists():
         raise FileExistsError(f"{target}: is a file; choose another name")
+
+
+def _make_parents(target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise NotADirectoryError(
+            f"{target}: cannot be made, since a file is in the place of a folder above it"
+        ) from None
 
 
 def _is_model(folder: Path) -> bool:

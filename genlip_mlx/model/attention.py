@@ -20,7 +20,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from ..config import GenLIPConfig
-from .exponential import sigmoid, unmasked_attention
+from .exponential import attention, sigmoid
 from .rope import rotate
 from .sequence import PackedSequence
 
@@ -42,9 +42,7 @@ def attend(queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array |
     if queries.shape[1] == 0:  # a bucket of pictures without text
         return queries
     q, k, v = (x.swapaxes(1, 2) for x in (queries, keys, values))
-    if mask is None:
-        return unmasked_attention(q, k, v, scale).swapaxes(1, 2)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask).swapaxes(1, 2)
+    return attention(q, k, v, scale, mask).swapaxes(1, 2)
 
 
 class PackedContext:

@@ -12,6 +12,7 @@ import mlx.core as mx
 import numpy as np
 
 from ..config import GenLIPConfig
+from .exponential import attention
 from .rope import Rope, rotate
 from .sequence import Grid, text_start
 
@@ -136,5 +137,5 @@ class CachedContext:
         width = cache_head_dim(head_dim)
         q, k, v = (_widen(x.reshape(*self.shape, *x.shape[1:]).swapaxes(1, 2), width) for x in (queries, keys, values))
         k, v = self.cache.extend(self.layer, k, v)
-        out = mx.fast.scaled_dot_product_attention(q, k, v, scale=head_dim**-0.5, mask=self.mask)
+        out = attention(q, k, v, head_dim**-0.5, self.mask)
         return out[..., :head_dim].swapaxes(1, 2).reshape(-1, *queries.shape[1:])

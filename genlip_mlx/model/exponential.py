@@ -1,4 +1,4 @@
-"""Exponentials that are quick on every back end: sigmoid, silu, and softmax attention without a mask.
+"""Exponentials that are quick on every back end: sigmoid, silu and softmax attention.
 
 On a GPU these are MLX's own. On a CPU they would take half of an encoder's time, for two reasons: MLX's
 CPU kernels for exp, sigmoid and softmax take about 13 ns a number where its pow takes under 5 (MLX 0.32, x86), and one
@@ -33,11 +33,18 @@ def silu(x: mx.array) -> mx.array:
     return x * sigmoid(x)
 
 
-def unmasked_attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
-    """softmax(q k^T * scale) v for [B, H, L, d] queries and [B, H, S, d] keys and values."""
-    if on_cpu():
-        return _in_parts(lambda q, k, v: _attention(q, k, v, scale), 1, q, k, v)
-    return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale)
+def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | str | None = None) -> mx.array:
+    """softmax(q k^T * scale) v for [B, H, L, d] queries and [B, H, S, d] keys and values.
+
+    Args:
+        mask: True where a query sees a key, broadcast to [B, H, L, S]; or "causal", aligned to the lower right.
+    """
+    if not on_cpu():
+        return mx.fast.scaled_dot_product_attention(q, k, v, scale=scale, mask=mask)
+    if isinstance(mask, str):
+        queries, keys = q.shape[2], k.shape[2]
+        mask = mx.arange(keys) <= mx.arange(keys - queries, keys)[:, None]
+    return _in_parts(lambda q, k, v: _attention(q, k, v, scale, mask), 1, q, k, v)
 
 
 @mx.custom_function
@@ -51,8 +58,10 @@ def _sigmoid_vjp(primal: mx.array, cotangent: mx.array, output: mx.array) -> mx.
     return cotangent * output * (1 - output)
 
 
-def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float) -> mx.array:
+def _attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.array | None) -> mx.array:
     scores = (q * scale) @ k.swapaxes(-1, -2)
+    if mask is not None:
+        scores = mx.where(mask, scores, -math.inf)
     weights = mx.power(math.e, scores - mx.stop_gradient(scores.max(axis=-1, keepdims=True)))
     # Divided after the product with v: d columns instead of S.
     return (weights @ v) / weights.sum(axis=-1, keepdims=True)

@@ -123,7 +123,9 @@ def test_what_is_there_is_not_lost(tiny: Folder, tmp_path: Path) -> None:
             convert(tiny.path, work, overwrite=overwrite)
         with pytest.raises(FileExistsError, match="file: is a file; choose another name"):
             convert(tiny.path, tmp_path / "file", overwrite=overwrite)
-    with pytest.raises(FileExistsError, match="tiny-224: exists already; choose another name or delete it first"):
+    with pytest.raises(
+        FileExistsError, match="tiny-224: exists already; choose another name, or replace it with --overwrite"
+    ):
         convert(tiny.path, tiny.path)
     assert listing(tmp_path) == before
 
