@@ -1,7 +1,7 @@
 """From a source to packs: measured, packed, decoded and normalised ahead of the one who trains.
 
 The one idea: a record is read twice. First it is *measured*: its text is tokenized and its picture's header read,
-which takes about a twentieth of the time of decoding and is all that packing needs. Then the packs a rank owns are
+which takes less than a tenth of the time of decoding and is all that packing needs. Then the packs a rank owns are
 *decoded*. So every rank knows every pack while it decodes only its own, packs do not depend on how many ranks or
 workers there are, and where the order stands is a handful of numbers.
 """
@@ -22,6 +22,7 @@ from concurrent.futures import CancelledError, Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field, replace
 from itertools import chain, islice
+from multiprocessing import resource_tracker
 from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
@@ -112,6 +113,10 @@ class Pipeline:
             raise DataError(f"rank {rank} is not one of {world} ranks, which count from 0")
         if workers < 0:
             raise DataError(f"workers must not be negative, but is {workers}")
+        if processor.tokenizer is None:
+            raise DataError("a vision-only model has no tokenizer and cannot learn to speak; train a whole model")
+        if not len(source):
+            raise DataError(f"{source.name}: holds no records")
         order = {"source": source.identity(), "seed": seed, "shuffle": shuffle}
         if start is None:
             problems = Counter(problem.reason for problem in source.problems)
@@ -246,21 +251,21 @@ class _Reader:
         record = self.source[index]
         text = record.text(self.processor)
         try:
-            height, width = image_size(record.image, record.name)
+            height, width = image_size(record.image, record.picture)
         except ImageError as error:
             raise RecordError("damaged image", str(error)) from None
         if height == width == 1:
-            raise RecordError("1x1 image", f"{record.name}: an image of 1 x 1 pixel shows nothing")
+            raise RecordError("1x1 image", f"{record.picture}: an image of 1 x 1 pixel shows nothing")
         try:
             grid = self.processor.image_processor.grid(height, width)
         except ImageError as error:
-            raise RecordError("aspect ratio", f"{record.name}: {error}") from None
+            raise RecordError("aspect ratio", f"{record.picture}: {error}") from None
         room = self.limit - grid[0] * grid[1]
         input_ids, labels = text.input_ids[: max(room, 0)], text.labels[: max(room, 0)]
         if not np.any(labels != NO_LOSS):
             raise RecordError(
                 "too long",
-                f"{record.name}: {grid[0] * grid[1]} patches and the prompt leave no room for a caption "
+                f"{record.picture}: {grid[0] * grid[1]} patches and the prompt leave no room for a caption "
                 f"in {self.limit} tokens",
             )
         # A picture in memory was drawn just now: cutting it costs less than drawing it again.
@@ -271,12 +276,12 @@ class _Reader:
         record = self.source[index]
         patches, found = self._cut(record)
         if found != grid:
-            raise RecordError("damaged image", f"{record.name}: its header states another size than its pixels have")
+            raise RecordError("damaged image", f"{record.picture}: its header states another size than its pixels have")
         return patches
 
     def _cut(self, record: Record) -> tuple[np.ndarray, Grid]:
         try:
-            return self.processor.image_processor.cut(open_image(record.image, record.name))
+            return self.processor.image_processor.cut(open_image(record.image, record.picture))
         except ImageError as error:
             raise RecordError("damaged image", str(error)) from None
 
@@ -287,6 +292,7 @@ _reader: _Reader  # of a worker process
 def _start_worker(reader: _Reader) -> None:
     global _reader
     _reader = reader
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
 
@@ -296,6 +302,12 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
+
+
+def _pool(workers: int, reader: _Reader) -> ProcessPoolExecutor:
+    # Not fork: a process that has loaded MLX or a BLAS has threads, which a fork would lose.
+    spawn = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=spawn, initializer=_start_worker, initargs=(reader,))
 
 
 def _in_worker(method: str, batch: Sequence[Any]) -> list[Any]:
@@ -381,7 +393,8 @@ class _Producer:
         self._reader, self._order, self._workers = reader, order, workers
         self._epoch, self._position, self._waiting = start["epoch"], start["position"], list(start["waiting"])
         self._first_epoch = self._epoch
-        self._measured = self._decoded = int(start["samples"])  # usable so far; of the second, those of our own packs
+        self._measured = int(start["packs"])  # more than 0 once a record has been usable
+        self._decoded = int(start["samples"])  # of our own packs
         self._damaged = 0  # found so when decoded
         self._reasons: Counter[str] = Counter()  # of all records given up in this process
         self._examples: dict[str, str] = {}
@@ -397,6 +410,7 @@ class _Producer:
         if self._ended or self._stopped.is_set():
             return None
         if self._thread is None:
+            self._pool = _pool(self._workers, self._reader) if self._workers else None
             self._thread = threading.Thread(target=self._run, name="packs", daemon=True)
             self._thread.start()
         item = self._ready.get()
@@ -407,21 +421,15 @@ class _Producer:
         """End the thread and the workers, whatever they are at."""
         self._stopped.set()
         if self._pool is not None:
-            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool.shutdown(cancel_futures=True)
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join()
-        if self._pool is not None:
-            self._pool.shutdown(wait=True)
 
     def _run(self) -> None:
-        # Ctrl-C is for the main thread alone. Workers, which this thread starts, inherit that.
+        # Workers, which this thread starts, inherit this, so that Ctrl-C does not end them half started. Python's
+        # resource tracker would undo it, were it not running yet.
+        resource_tracker.ensure_running()
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-        if self._workers:
-            # Not fork: a process that has loaded MLX or a BLAS has threads, which a fork would lose.
-            spawn = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(
-                self._workers, mp_context=spawn, initializer=_start_worker, initargs=(self._reader,)
-            )
         with _Forward(self._fail):
             for item in self._items():
                 self._put(item)

@@ -49,6 +49,13 @@ class Record:
     prompt: str = DEFAULT_PROMPT  # what the caption answers; "" is a prompt too
     turns: tuple[Mapping[str, Any], ...] = ()  # instead of prompt and caption, as `Processor.conversation` takes them
 
+    @property
+    def picture(self) -> str:
+        """What messages call the picture."""
+        if isinstance(self.image, Path) and str(self.image) != self.name:
+            return f"{self.name}: {self.image}"
+        return self.name
+
     def text(self, processor: Processor) -> TextSample:
         """The record's text tokens, with labels where a loss applies.
 

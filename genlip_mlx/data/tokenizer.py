@@ -1,12 +1,14 @@
 """A tokenizer for one's own captions, trained with SentencePiece.
 
 The one idea: text comes back as it went in. Nothing is normalised, no space is added or dropped, a line break is a
-piece of its own, and a character the vocabulary lacks becomes its UTF-8 bytes.
+piece of its own, and a character the vocabulary lacks becomes its UTF-8 bytes. (One exception: U+2581, a block that
+SentencePiece writes for a space, comes back as one.)
 """
 
 from __future__ import annotations
 
 import io
+import re
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -84,9 +86,11 @@ def train(
         )
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[-1]
-        raise TokenizerError(
-            f"{source.name}: {records} texts do not give {vocab_size} pieces; choose another vocab size ({reason})"
-        ) from None
+        if most := re.search(r"value <= (\d+)", reason):
+            problem = f"{records} texts do not fill {vocab_size} pieces; choose at most {most[1]}"
+        else:
+            problem = f"vocab size {vocab_size} cannot be had from {records} texts ({reason})"
+        raise TokenizerError(f"{source.name}: {problem}") from None
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     with atomic_file(folder / FILE_NAME) as file:

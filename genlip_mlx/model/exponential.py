@@ -49,7 +49,7 @@ def attention(q: mx.array, k: mx.array, v: mx.array, scale: float, mask: mx.arra
 
 @mx.custom_function
 def _sigmoid(x: mx.array) -> mx.array:
-    return 1 / (1 + mx.power(math.e, -x))
+    return 1 / (1 + mx.power(1 / math.e, x))
 
 
 @_sigmoid.vjp

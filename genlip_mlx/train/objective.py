@@ -8,7 +8,7 @@ stays at one chunk's, however many rows there are.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -80,8 +80,11 @@ def summed_loss(model: GenLIP, batch: Batch, checkpoint: bool = False, chunk_log
     features = model.outputs(batch.patches, batch.input_ids, batch.sequence, checkpoint)[batch.rows]
     chunk = max(1, chunk_logits // model.config.vocab_size)
     head = _Head(model)
-    run = nn.utils.checkpoint(head) if batch.label_tokens > chunk else head
+    if batch.label_tokens <= chunk:
+        return head(features, batch.targets)
     total = mx.zeros(())
     for start in range(0, batch.label_tokens, chunk):
-        total = total + run(features[start : start + chunk], batch.targets[start : start + chunk])
+        # An argument of a checkpointed function is differentiated, which targets cannot be: they are bound here.
+        part = partial(head, targets=batch.targets[start : start + chunk])
+        total = total + nn.utils.checkpoint(head, part)(features[start : start + chunk])
     return total

@@ -244,7 +244,7 @@ def test_empty_grids(grids: list[tuple[int, int]]) -> None:
 
 @pytest.mark.parametrize("lengths", [[1], [1, 2, 3], [1, -1]])
 def test_wrong_text_lengths(lengths: list[int]) -> None:
-    with pytest.raises(ValueError, match="2 grids need as many text lengths, not|text lengths must not be negative"):
+    with pytest.raises(ValueError, match=r"2 grids need as many text lengths, not|text lengths must not be negative"):
         PackedSequence([(1, 1), (2, 2)], lengths)
 
 

@@ -54,6 +54,34 @@ def encoded(image: Image.Image, kind: str, **options: Any) -> bytes:
 # --- The reference's numbers ---
 
 
+@pytest.mark.parametrize("mean", [(0.5, 0.5, 0.5), (0.1, 0.2, 0.3)])
+def test_cut_then_normalised_is_the_same_as_at_once(mean: tuple[float, float, float]) -> None:
+    processor = ImageProcessor(native=True, image_mean=mean)
+    image = picture(size=(170, 130))
+    patches, grid = processor(image)
+    cut, cut_grid = processor.cut(image)
+    assert cut_grid == grid == (8, 11)
+    assert cut.dtype == np.uint8
+    out = np.empty((2 + len(cut), 768), np.float32)
+    processor.normalise(cut, out[1:-1])
+    np.testing.assert_array_equal(out[1:-1], patches)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "GIF", "TIFF"])
+def test_the_header_tells_the_size(kind: str, tmp_path: Path) -> None:
+    whole = encoded(picture(size=(400, 300)), kind)
+    path = tmp_path / "a"
+    path.write_bytes(whole)
+    for source in (path, str(path), whole, open_image(whole)):
+        assert images.image_size(source) == (300, 400)
+    if kind in ("JPEG", "PNG", "GIF"):
+        assert images.image_size(whole[: len(whole) // 2]) == (300, 400)
+    with pytest.raises(ImageError, match=r"a\.jpg: not an image of a known format"):
+        images.image_size(b"text", "a.jpg")
+    with pytest.raises(ImageError, match=r"gone\.jpg: no such file"):
+        images.image_size(tmp_path / "gone.jpg")
+
+
 def test_patches_equal_the_reference(case: Golden) -> None:
     processor = ImageProcessor.from_file(case.folder / "preprocessor_config.json")
     for index, sample in enumerate(case.samples):
