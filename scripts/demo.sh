@@ -20,9 +20,14 @@ mkdir demo
 
 if [ -f weights/genlip-tiny/config.json ]; then
     model=weights/genlip-tiny
-    note="The captions come from the trained model in $model."
+    pictures=demo/scenes
+    tokens=160
+    note="The captions come from $model, a small model trained on drawn scenes like these and on nothing else."
+    step synth --output "$pictures" --split test --size 4
 else
     model=demo/tiny-navit
+    pictures=tests/golden/images
+    tokens=24
     note="The weights are RANDOM: a tiny test checkpoint that shows that everything runs. Its captions mean nothing
 until there is a trained model in weights/."
     step convert --hf-path tests/golden/tiny-navit --mlx-path "$model"
@@ -30,8 +35,8 @@ fi
 echo
 echo "$note"
 
-step caption tests/golden/images --model "$model" --max-tokens 24
-step features tests/golden/images --model "$model" --output demo/features.npz
+step caption "$pictures" --model "$model" --max-tokens "$tokens"
+step features "$pictures" --model "$model" --output demo/features.npz
 
 echo
 echo "demo/features.npz holds, by name and shape:"
@@ -43,6 +48,6 @@ with np.load("demo/features.npz") as arrays:
         print(f"  {name:10} {array.dtype} {list(array.shape)}")
 PYTHON
 echo
-echo "Done: captioned the pictures in tests/golden/images with $model and wrote their features."
+echo "Done: captioned the pictures in $pictures with $model and wrote their features."
 echo "$note"
 echo "Next: $VENV/bin/genlip-mlx --help"

@@ -35,9 +35,7 @@ def evaluate(model: str, scenes: list[Scene], batch_size: int) -> dict[str, Any]
     results = captions(loaded, processor, pictures, batch_size=batch_size, max_tokens=160)
     spoken = dict(zip(order, track(results, total=len(scenes), description=model, transient=True)))
     scores = [score(scene.facts, spoken[i].caption or "") for i, scene in enumerate(scenes)]
-    by_layout = {
-        layout: summary(s for s, scene in zip(scores, scenes) if scene.layout == layout) for layout in LAYOUTS
-    }
+    by_layout = {layout: summary(s for s, scene in zip(scores, scenes) if scene.layout == layout) for layout in LAYOUTS}
     examples = [{"kind": s.kind, "truth": s.caption, "spoken": spoken[i].caption} for i, s in enumerate(scenes[:8])]
     return {"model": model, "all": summary(scores), **by_layout, "examples": examples}
 
