@@ -20,6 +20,23 @@ class ConfigError(ValueError):
     """A config.json that is missing, unreadable, of another model, or inconsistent."""
 
 
+def read_json(path: str | Path, remedy: str) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        ConfigError: naming the file, and the remedy if it is missing.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file; {remedy}") from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(content, dict):
+        raise ConfigError(f"{path}: expected a JSON object")
+    return content
+
+
 @dataclass(frozen=True)
 class GenLIPConfig:
     """Shape and hyper-parameters of a GenLIP model.
@@ -144,14 +161,7 @@ class GenLIPConfig:
         Raises:
             ConfigError: naming the file, if it is missing, not JSON, or inconsistent.
         """
-        try:
-            config = json.loads(Path(path).read_text())
-        except FileNotFoundError:
-            raise ConfigError(f"{path}: no such file; a model folder needs a config.json") from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(config, dict):
-            raise ConfigError(f"{path}: expected a JSON object")
+        config = read_json(path, "a model folder needs a config.json")
         try:
             return cls.from_dict(config)
         except ConfigError as error:

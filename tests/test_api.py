@@ -141,6 +141,7 @@ def test_every_command_of_the_readme_exists() -> None:
     from genlip_mlx.cli.main import app
 
     known = {command.name or command.callback.__name__ for command in app.registered_commands if command.callback}
+    known |= {str(group.name) for group in app.registered_groups}
     used = re.findall(r"^genlip-mlx ([a-z]+)", "\n".join(blocks("sh")), re.MULTILINE)
     assert used
     assert set(used) <= known

@@ -8,9 +8,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import cast
 
-from ..config import MODEL_TYPE, ConfigError
+from ..config import MODEL_TYPE, ConfigError, read_json
 from .errors import CheckpointError, HubError
-from .reading import read_json
 
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]

@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from ..config import GenLIPConfig
+from ..config import GenLIPConfig, read_json
 from . import names, quantization
 from .errors import CheckpointError
 from .lazy import LazyTensor
@@ -72,23 +72,6 @@ def open_checkpoint(folder: Path) -> Checkpoint:
     layout = quantization.stored_layout(config, mx.float32)
     names.check(tensors, layout, source)
     return Checkpoint(folder, config, {name: tensors[name] for name in layout})
-
-
-def read_json(path: Path, remedy: str) -> dict[str, Any]:
-    """A JSON object.
-
-    Raises:
-        CheckpointError: naming the file, and the remedy if it is missing.
-    """
-    try:
-        content = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise CheckpointError(f"{path}: no such file; {remedy}") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise CheckpointError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: expected a JSON object")
-    return content
 
 
 def read_tensors(folder: Path) -> dict[str, LazyTensor]:

@@ -7,7 +7,6 @@ rescaling and normalising are one look-up in a table that was computed the way t
 from __future__ import annotations
 
 import io
-import json
 import math
 import os
 import re
@@ -25,7 +24,7 @@ from urllib.parse import quote
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from ..config import ConfigError
+from ..config import ConfigError, read_json
 
 # Raster formats only: others that Pillow reads run Ghostscript (EPS) or hold no picture (HDF5, MPEG). HEIF
 # is there once the user's own code has registered a plugin for it.
@@ -318,16 +317,7 @@ class ImageProcessor:
         Raises:
             ConfigError: naming the file, if it is missing, not JSON, or not understood.
         """
-        try:
-            config = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(
-                f"{path}: no such file; copy it from the published checkpoint this model comes from"
-            ) from None
-        except (json.JSONDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{path}: not valid JSON ({error})") from None
-        if not isinstance(config, dict):
-            raise ConfigError(f"{path}: expected a JSON object")
+        config = read_json(path, "copy it from the published checkpoint this model comes from")
         try:
             return cls.from_dict(config)
         except ConfigError as error:

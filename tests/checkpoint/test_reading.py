@@ -78,14 +78,14 @@ def test_the_rotary_buffer_is_ignored(tiny: Folder) -> None:
 
 def test_a_missing_config_is_named(tiny: Folder) -> None:
     (tiny.path / "config.json").unlink()
-    with pytest.raises(CheckpointError, match=r"tiny-224/config\.json: no such file; a model folder needs one"):
+    with pytest.raises(ConfigError, match=r"tiny-224/config\.json: no such file; a model folder needs one"):
         open_checkpoint(tiny.path)
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "\xff"])
 def test_a_broken_config_is_named(tiny: Folder, text: str) -> None:
     (tiny.path / "config.json").write_text(text, encoding="latin-1")
-    with pytest.raises(CheckpointError, match=r"config\.json: (not valid JSON|expected a JSON object)"):
+    with pytest.raises(ConfigError, match=r"config\.json: (not valid JSON|expected a JSON object)"):
         open_checkpoint(tiny.path)
 
 
