@@ -11,10 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
 from safetensors.numpy import load_file
+
+mx.set_default_device(mx.cpu)  # what is expected was computed in float32 on a CPU
 
 CASES = ("tiny-224", "tiny-navit")
 IMAGE_ARRAYS = ("patches", "hidden", "features", "readout_top5")  # depend on a sample's picture alone
