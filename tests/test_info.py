@@ -139,7 +139,7 @@ def test_published_sizes() -> None:
     ("build", "error"),
     [
         (lambda folder: None, CheckpointError),
-        (lambda folder: folder.mkdir(), CheckpointError),
+        (lambda folder: folder.mkdir(), ConfigError),
         (lambda folder: (folder.mkdir(), (folder / "config.json").write_text('{"model_type": "bert"}')), ValueError),
     ],
     ids=["no folder", "no config", "another model"],

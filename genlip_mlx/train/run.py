@@ -74,7 +74,7 @@ class Run:
             if not config.is_file():
                 raise RunError(f"{self.folder}: no run to resume; there is no config.yaml")
             recipe = recipe_from(yaml.safe_load(config.read_text()))
-        elif config.exists():
+        elif self.writes and config.exists():  # the others may find what the first has just written
             raise RunError(f"{self.folder}: holds a run already; resume it, or choose another folder")
         if recipe is None:
             raise RunError("a new run needs a recipe")
