@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import mlx.core as mx
 import numpy as np
@@ -17,12 +17,7 @@ from .files import atomic_file
 from .model.genlip import GenLIP
 from .processing.images import ImageError
 from .processing.processor import Processor
-from .processing.reader import Reading, read_images
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    ImageLike = str | Path | bytes | Image.Image
+from .processing.reader import ImageLike, Reading, as_list, read_images
 
 PACK_TOKENS = 2048  # image tokens encoded together
 
@@ -68,8 +63,7 @@ def encode(
         ImageError: if a picture cannot be read. `encode_images` goes on instead.
         ValueError: if a layer does not exist or the size is no multiple of the patch.
     """
-    sources = list(images) if isinstance(images, (list, tuple)) else [images]
-    results = list(encode_images(model, processor, sources, layers=layers, pool=pool, size=size))  # type: ignore[arg-type]
+    results = list(encode_images(model, processor, as_list(images), layers=layers, pool=pool, size=size))
     for result in results:
         if result.error is not None:
             raise ImageError(result.error)

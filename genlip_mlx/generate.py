@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
@@ -16,13 +15,8 @@ import numpy as np
 from .model.genlip import GenLIP, VisionOnlyError
 from .processing.images import ImageError
 from .processing.processor import DEFAULT_PROMPT, Processor
-from .processing.reader import Reading, read_images
+from .processing.reader import ImageLike, Reading, as_list, read_images
 from .processing.tokenizer import Detokenizer
-
-if TYPE_CHECKING:
-    from PIL import Image
-
-    ImageLike = str | Path | bytes | Image.Image
 
 Sampler = Callable[[mx.array], mx.array]
 
@@ -64,7 +58,7 @@ def caption(
         ImageError: if a picture cannot be read. `captions` goes on instead.
         VisionOnlyError: if the model has no text side.
     """
-    results = list(captions(model, processor, _as_list(images), prompt, **options))
+    results = list(captions(model, processor, as_list(images), prompt, **options))
     for result in results:
         if result.error is not None:
             raise ImageError(result.error)
@@ -238,9 +232,3 @@ def make_sampler(temp: float, top_p: float) -> Sampler:
         return sample(logits - mx.logsumexp(logits, axis=-1, keepdims=True))
 
     return sampler
-
-
-def _as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
-    if isinstance(images, (list, tuple)):
-        return list(images)
-    return [images]  # type: ignore[list-item]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from multiprocessing.pool import AsyncResult, ThreadPool
@@ -28,6 +28,13 @@ class Reading:
     patches: np.ndarray  # float32 [h*w, 3*p*p]
     grid: tuple[int, int]  # h, w in patches
     error: str | None = None
+
+
+def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
+    """One picture or several, as several."""
+    if isinstance(images, (str, Path, bytes, Image.Image)):
+        return [images]
+    return list(images)
 
 
 def read_images(processor: ImageProcessor, images: Iterable[ImageLike]) -> Iterator[Reading]:
