@@ -15,6 +15,7 @@ import mlx.core as mx
 import numpy as np
 import numpy.typing as npt
 import pytest
+from safetensors import safe_open
 from safetensors.numpy import load_file
 
 mx.set_default_device(mx.cpu)  # what is expected was computed in float32 on a CPU
@@ -73,6 +74,17 @@ class Golden:
         array = np.asarray(ours)
         stride = -(-len(array) // len(self.expected(name)))  # ceil
         return array[::stride]
+
+
+def read_features(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
+    """The arrays of a features file, and its paths."""
+    if path.suffix == ".npz":
+        with np.load(path) as archive:
+            arrays = dict(archive)
+        return arrays, arrays.pop("paths").tolist()
+    with safe_open(path, "np") as file:
+        names = list(file.keys())
+        return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["paths"])
 
 
 def pytest_report_header() -> str:

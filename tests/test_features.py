@@ -5,7 +5,6 @@ from __future__ import annotations
 import errno
 import io
 import itertools
-import json
 import os
 import re
 from collections.abc import Iterator
@@ -15,9 +14,8 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 import pytest
-from conftest import Golden
+from conftest import Golden, read_features
 from PIL import Image
-from safetensors import safe_open
 
 from genlip_mlx import files
 from genlip_mlx.checkpoint.load import load
@@ -180,17 +178,6 @@ def test_options_that_make_no_sense(
 # --- Files ---
 
 
-def read(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays of a features file, and its paths."""
-    if path.suffix == ".npz":
-        with np.load(path) as archive:
-            arrays = dict(archive)
-        return arrays, arrays.pop("paths").tolist()
-    with safe_open(path, "np") as file:
-        names = list(file.keys())
-        return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["paths"])
-
-
 def made(*shapes: tuple[int, int], states: bool = False, pooled: bool = False) -> Iterator[Features]:
     """Features of made-up pictures with grids 1 x n; n = 0 stands for one that cannot be read."""
     rng = np.random.default_rng(0)
@@ -215,7 +202,7 @@ def test_a_file_of_features(tmp_path: Path, suffix: str) -> None:
         ("2.jpg", None),
     ]
     assert all(result.features is None for result in report)
-    arrays, paths = read(path)
+    arrays, paths = read_features(path)
     assert paths == ["0.jpg", "2.jpg"]
     assert set(arrays) == {"0", "1", "grids"}
     assert arrays["grids"].tolist() == [[1, 3], [1, 5]]
@@ -230,7 +217,7 @@ def test_a_file_of_features(tmp_path: Path, suffix: str) -> None:
 def test_a_file_of_hidden_states(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"out{suffix}"
     write_features(path, made((3, 4), (5, 4), states=True))
-    arrays, _ = read(path)
+    arrays, _ = read_features(path)
     assert {name: array.shape for name, array in arrays.items()} == {
         "0": (2, 3, 4),
         "0.ln_post": (3, 4),
@@ -246,7 +233,7 @@ def test_a_file_of_hidden_states(tmp_path: Path, suffix: str) -> None:
 def test_a_file_of_pooled_features(tmp_path: Path, suffix: str, states: bool) -> None:
     path = tmp_path / f"out{suffix}"
     write_features(path, made((3, 4), (5, 4), states=states, pooled=True))
-    arrays, paths = read(path)
+    arrays, paths = read_features(path)
     shapes = {name: array.shape for name, array in arrays.items()}
     hidden = {"hidden_states": (2, 2, 4)} if states else {}
     assert shapes == {"features": (2, 4), "grids": (2, 2)} | hidden
@@ -258,7 +245,7 @@ def test_bfloat16_is_written_as_float32(tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"out{suffix}"
     features = mx.array([[1.0, 2.5]]).astype(mx.bfloat16)
     write_features(path, [Features("a.jpg", (1, 1), features)])
-    arrays, _ = read(path)
+    arrays, _ = read_features(path)
     assert arrays["0"].dtype == np.float32
     assert arrays["0"].tolist() == [[1.0, 2.5]]
 
@@ -270,7 +257,7 @@ def test_arrays_are_written_by_value_however_they_lie_in_memory(tmp_path: Path, 
     hidden = mx.arange(24, dtype=mx.float32).reshape(4, 2, 3).swapaxes(0, 1)
     mx.eval(features, hidden)
     write_features(path, [Features("a.jpg", (1, 4), features, hidden)])
-    arrays, _ = read(path)
+    arrays, _ = read_features(path)
     np.testing.assert_array_equal(arrays["0.ln_post"], np.arange(12).reshape(3, 4).T)
     np.testing.assert_array_equal(arrays["0"], np.arange(24).reshape(4, 2, 3).swapaxes(0, 1))
 

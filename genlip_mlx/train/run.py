@@ -34,7 +34,7 @@ from ..checkpoint.load import default_dtype, load_model, write_model
 from ..checkpoint.writing import model_folder, write_safetensors
 from ..data.packing import Pack
 from ..data.pipeline import Pipeline
-from ..data.sources import open_source
+from ..data.sources import Source, open_source
 from ..model.genlip import GenLIP, initialize
 from ..processing.images import ImageProcessor
 from ..processing.processor import Processor
@@ -83,7 +83,16 @@ class Run:
         if resume and start is None:
             log("no checkpoint yet: starting over")
 
-        model, self.processor = _model_and_processor(recipe, start)
+        source = start or starting_point(recipe)
+        self.processor = make_processor(recipe, source)
+        model = _make_model(recipe, source)
+        tokenizer, vocab_size = self.processor.tokenizer, model.config.vocab_size
+        if tokenizer is not None and tokenizer.vocab_size > vocab_size:
+            raise RecipeError(
+                f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is {vocab_size}"
+            )
+        # Opened at once, so that a mistake in it shows now and not at the first validation.
+        self.held_out = open_source(recipe.valid_data, split="validation") if recipe.valid_data else None
         self.trainer = Trainer(model, recipe, parse_dtype(recipe.dtype) or default_dtype())
         self.best: dict[str, Any] = {}  # step and loss of the best validation
         data_state = None
@@ -124,8 +133,8 @@ class Run:
                 metrics = self._metrics(result, packs, time.perf_counter() - started)
                 metrics["data_wait"] = round(self.pipeline.stats.seconds_waited - waited, 4)
                 last = result.step == recipe.iters
-                if recipe.valid_data and (last or result.step % recipe.steps_per_eval == 0):
-                    metrics["valid_loss"] = self.validate()
+                if self.held_out and (last or result.step % recipe.steps_per_eval == 0):
+                    metrics["valid_loss"] = self.validate(self.held_out)
                     if not self.best or metrics["valid_loss"] < self.best["valid_loss"]:
                         self.best = {"step": result.step, "valid_loss": metrics["valid_loss"]}
                 write(metrics)
@@ -136,11 +145,11 @@ class Run:
                 self.save()
         return trainer.steps_done >= recipe.iters
 
-    def validate(self) -> float:
-        """Mean loss per label token on the first packs of the held-out data, the same ones each time."""
+    def validate(self, held_out: Source) -> float:
+        """Mean loss per label token on the first packs of held-out data, the same ones each time."""
         recipe = self.recipe
         with Pipeline(
-            open_source(recipe.valid_data or "", split="validation"),
+            held_out,
             self.processor,
             budget=recipe.batch_tokens,
             workers=0,
@@ -216,23 +225,27 @@ class Run:
             yield write
 
 
-def _model_and_processor(recipe: Recipe, start: Path | None) -> tuple[GenLIP, Processor]:
-    """The model to train in float32, and its processor: from a checkpoint, another model, or made anew."""
-    source = start
-    if start is None and recipe.init_from is not None:
-        origin = Path(recipe.init_from).expanduser()
-        source = best_checkpoint(origin) or resolve(recipe.init_from)
+def starting_point(recipe: Recipe) -> Path | None:
+    """The model folder that `init_from` names, of a run its best checkpoint; None for a model made anew."""
+    if recipe.init_from is None:
+        return None
+    return best_checkpoint(Path(recipe.init_from).expanduser()) or resolve(recipe.init_from)
+
+
+def make_processor(recipe: Recipe, source: Path | None) -> Processor:
+    """Pictures as the recipe says, words as its tokenizer does, or else that of the model started from."""
+    if recipe.tokenizer is None and source is not None:
+        return replace(Processor.from_pretrained(source), image_processor=_image_processor(recipe))
+    return Processor(_image_processor(recipe), load_tokenizer(Path(recipe.tokenizer or "")))
+
+
+def _make_model(recipe: Recipe, source: Path | None) -> GenLIP:
+    """The model to train, in float32: that of a folder, or made anew."""
     if source is None:
-        config = recipe.config()
-        model = GenLIP(config)
+        model = GenLIP(recipe.config())
         initialize(model, mx.random.key(recipe.seed))
-        tokenizer = load_tokenizer(Path(recipe.tokenizer or ""))
-        if tokenizer.vocab_size > config.vocab_size:
-            raise RecipeError(
-                f"{recipe.tokenizer}: has {tokenizer.vocab_size} tokens; model_config.vocab_size is {config.vocab_size}"
-            )
         mx.eval(model.parameters())
-        return model, Processor(_image_processor(recipe), tokenizer)
+        return model
     model = load_model(source, "float32")
     if model.config.vision_only:
         raise RunError(f"{source}: is vision-only; training needs a text embedding and a head")
@@ -240,8 +253,7 @@ def _model_and_processor(recipe: Recipe, start: Path | None) -> tuple[GenLIP, Pr
         raise RunError(f"{source}: is quantized; dequantize it first")
     if recipe.drop_path_rate is not None:
         model.config = replace(model.config, drop_path_rate=recipe.drop_path_rate)
-    processor = Processor.from_pretrained(source)
-    return model, replace(processor, image_processor=_image_processor(recipe))
+    return model
 
 
 def _image_processor(recipe: Recipe) -> ImageProcessor:

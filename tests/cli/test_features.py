@@ -2,31 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import Golden
-from safetensors import safe_open
+from conftest import Golden, read_features
 
 from genlip_mlx.cli import console
 
 from .conftest import Call, Site, run, start, wait_for
 
 SUFFIXES = (".npz", ".safetensors")
-
-
-def read(path: Path) -> tuple[dict[str, np.ndarray], list[str]]:
-    """The arrays of a features file, and its paths."""
-    if path.suffix == ".npz":
-        with np.load(path) as archive:
-            arrays = dict(archive)
-        return arrays, arrays.pop("paths").tolist()
-    with safe_open(path, "np") as file:
-        names = list(file.keys())
-        return {name: file.get_tensor(name) for name in names}, json.loads(file.metadata()["paths"])
 
 
 def close(ours: np.ndarray, expected: np.ndarray) -> None:
@@ -46,7 +33,7 @@ def test_the_installed_command_gives_the_references_features(
     outcome = run("features", *paths, "--model", model, "--output", output, "--dtype", "float32")
     assert (outcome.code, outcome.out) == (0, "")
     assert outcome.err == f"features of {len(paths)} pictures written to {output}\n"
-    arrays, named = read(output)
+    arrays, named = read_features(output)
     assert named == [str(path) for path in paths]
     assert set(arrays) == {*(str(i) for i in range(len(paths))), "grids"}
     assert arrays["grids"].dtype.kind == "i"
@@ -62,7 +49,7 @@ def test_all_layers(case: Golden, model: Path, tmp_path: Path, suffix: str) -> N
     output = tmp_path / f"out{suffix}"
     outcome = run("features", *paths, "--model", model, "--output", output, "--layers", "all", "--dtype", "float32")
     assert outcome.code == 0
-    arrays, named = read(output)
+    arrays, named = read_features(output)
     assert named == [str(path) for path in paths]
     for i in range(len(paths)):
         assert arrays[str(i)].shape[0] == 3
@@ -77,7 +64,7 @@ def test_all_layers(case: Golden, model: Path, tmp_path: Path, suffix: str) -> N
 def features(call: Call, model: Path, output: Path, *arguments: str | Path) -> tuple[dict[str, np.ndarray], list[str]]:
     outcome = call("features", "--model", model, "--output", output, *arguments)
     assert outcome.code == 0, outcome.err
-    return read(output)
+    return read_features(output)
 
 
 def test_pooled(call: Call, model: Path, images_dir: Path, tmp_path: Path) -> None:
@@ -137,7 +124,7 @@ def test_a_corrupt_picture_is_reported_and_skipped(
     skipped, *rest = outcome.err.splitlines()
     assert skipped.startswith(f"skipped: {photos / 'b.jpg'}: the image is damaged or cut off")
     assert rest == [f"features of 2 pictures written to {output}", "1 of 3 pictures could not be read"]
-    arrays, paths = read(output)
+    arrays, paths = read_features(output)
     assert paths == [str(photos / "a.jpg"), str(photos / "c.png")]
     assert set(arrays) == {"0", "1", "grids"}
 

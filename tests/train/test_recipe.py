@@ -68,9 +68,12 @@ def test_a_model_that_cannot_be(tmp_path: Path) -> None:
             load_recipe("tiny-stage1", [change]).config()
 
 
-def test_a_plan(tmp_path: Path) -> None:
+def test_a_plan(tmp_path: Path, golden_dir: Path) -> None:
     content = yaml.safe_load(RECIPES[0].read_text()) | {"data": "synth:train:50", "valid_data": "synth:validation:9"}
+    content["tokenizer"] = str(golden_dir / "tiny-224")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
     text = "\n".join(describe(load_recipe(tmp_path / "r.yaml")))
     for part in ("3.6 M parameters", "tokens      5.7 M", "50 records in synth:train:50", "validation  9 records"):
         assert part in text
+    assert "64 image and" in text
+    assert "50 of the 50 looked at can be used" in text
