@@ -39,7 +39,7 @@ def describe(recipe: Recipe) -> list[str]:
         f"memory      about {memory_bytes(recipe, config) / 1e9:.2f} GB",
         f"data        {found.records} records in {source.name}, about {found.packs_per_epoch} packs an epoch",
         f"samples     {found.usable} of the {found.looked_at} looked at can be used",
-        f"a sample    {found.image_tokens:.0f} image tokens, {found.text_tokens:.0f} of text, {found.label_tokens:.0f} labels",
+        f"a sample    {found.image_tokens:.0f} image tokens, {found.text_tokens:.0f} of text",
     ]
     lines += [f"unusable    {count} {reason}" for reason, count in found.skipped.items()]
     if recipe.valid_data:

@@ -88,9 +88,7 @@ class Run:
         model = _make_model(recipe, source)
         tokenizer, vocab_size = self.processor.tokenizer, model.config.vocab_size
         if tokenizer is not None and tokenizer.vocab_size > vocab_size:
-            raise RecipeError(
-                f"the tokenizer has {tokenizer.vocab_size} tokens, the model's vocab_size is {vocab_size}"
-            )
+            raise RecipeError(f"the tokenizer has {tokenizer.vocab_size} tokens, the model has room for {vocab_size}")
         # Opened at once, so that a mistake in it shows now and not at the first validation.
         self.held_out = open_source(recipe.valid_data, split="validation") if recipe.valid_data else None
         self.trainer = Trainer(model, recipe, parse_dtype(recipe.dtype) or default_dtype())

@@ -75,5 +75,5 @@ def test_a_plan(tmp_path: Path, golden_dir: Path) -> None:
     text = "\n".join(describe(load_recipe(tmp_path / "r.yaml")))
     for part in ("3.6 M parameters", "tokens      5.7 M", "50 records in synth:train:50", "validation  9 records"):
         assert part in text
-    assert "64 image and" in text
+    assert "64 image tokens" in text
     assert "50 of the 50 looked at can be used" in text
