@@ -67,7 +67,7 @@ class Stats:
 class Pipeline:
     """Packs of a data set, in an order that depends on the seed alone.
 
-    Sample k of epoch e is record permutation(seed, e)[k], and no pack holds samples of two epochs. Packs are dealt to
+    Epoch e goes through source.places(e, seed) in order, and no pack holds samples of two epochs. Packs are dealt to
     the ranks in turn: two ranks see in one step what a single one sees in two. A sample whose picture proves damaged
     only when decoded is left out of its pack. A script that uses workers needs `if __name__ == "__main__":`.
 
@@ -115,7 +115,7 @@ class Pipeline:
             raise DataError(f"workers must not be negative, but is {workers}")
         if processor.tokenizer is None:
             raise DataError("a vision-only model has no tokenizer and cannot learn to speak; train a whole model")
-        if not len(source):
+        if not source.count():
             raise DataError(f"{source.name}: holds no records")
         order = {"source": source.identity(), "seed": seed, "shuffle": shuffle}
         if start is None:
@@ -129,7 +129,7 @@ class Pipeline:
         self._state = dict(start)
         self._budget, self._log, self._waited = budget, log, 0.0
         reader = _Reader(source, processor, min(max_sample_len, budget))
-        plan = _Order(len(source), seed, shuffle, epochs, budget, lookahead, rank, world)
+        plan = _Order(seed if shuffle else None, epochs, budget, lookahead, rank, world)
         self._producer = _Producer(reader, plan, workers, self._state)
         self._stop = weakref.finalize(self, self._producer.stop)
 
@@ -322,22 +322,12 @@ def _in_worker(method: str, batch: Sequence[Any]) -> list[Any]:
 class _Order:
     """Which records come when, and which packs of them are ours."""
 
-    records: int
-    seed: int
-    shuffle: bool
+    seed: int | None  # None for the source's own order
     epochs: int | None
     budget: int
     lookahead: int
     rank: int
     world: int
-
-    def permutation(self, epoch: int) -> np.ndarray:
-        """Record numbers [n] in the order of an epoch."""
-        if not self.shuffle:
-            return np.arange(self.records)
-        # Sorted raw words: numpy's own shuffling may change between its releases.
-        words = np.random.Philox(key=np.array([self.seed % 2**64, epoch], np.uint64)).random_raw(self.records)
-        return np.argsort(words, kind="stable")
 
 
 @dataclass
@@ -491,8 +481,7 @@ class _Producer:
     def _all_packs(self) -> Iterator[tuple[list[Measured], dict[str, Any]]]:
         order = self._order
         while order.epochs is None or self._epoch < order.epochs:
-            samples = self._samples(order.permutation(self._epoch))
-            for chosen, left in first_fit(samples, order.budget, order.lookahead):
+            for chosen, left in first_fit(self._samples(), order.budget, order.lookahead):
                 waiting = [sample.position for sample in left]
                 place = {"epoch": self._epoch, "position": self._position, "waiting": waiting}
                 yield in_pack_order(chosen), place
@@ -500,10 +489,10 @@ class _Producer:
                 raise DataError(self._why())
             self._epoch, self._position, self._waiting = self._epoch + 1, 0, []
 
-    def _samples(self, permutation: np.ndarray) -> Iterator[Measured]:
+    def _samples(self) -> Iterator[Measured]:
         """The usable samples of an epoch, from where it stands."""
-        positions = chain(self._waiting, range(self._position, len(permutation)))
-        batches = _batches(((position, int(permutation[position])) for position in positions), _MEASURE_BATCH)
+        places = self._reader.source.places(self._epoch, self._order.seed, self._position, self._waiting)
+        batches = _batches(places, _MEASURE_BATCH)
         running = deque(self._submit("measure", batch) for batch in islice(batches, 2 * self._workers + 1))
         while running:
             done = running.popleft().result()
@@ -596,7 +585,7 @@ def _batches(items: Iterable[T], size: int) -> Iterator[list[T]]:
 class Survey:
     """What the first records of an order are like; tokens are means over the usable ones."""
 
-    records: int  # in the data set
+    records: int  # in the data set; of a stream, an estimate
     looked_at: int
     usable: int
     image_tokens: float
@@ -621,19 +610,19 @@ def survey(
         DataError: if none of them can be used.
     """
     reader = _Reader(source, processor, min(max_sample_len, budget))
-    order = _Order(len(source), seed, True, 1, budget, lookahead, 0, 1)
-    looked_at = min(samples, len(source))
-    found = reader.measure(list(enumerate(order.permutation(0)[:looked_at].tolist())))
+    places = list(islice(source.places(0, seed), samples))
+    looked_at, records = len(places), source.count()
+    found = reader.measure(places)
     good = [sample for sample in found if isinstance(sample, Measured)]
     bad = [sample for sample in found if isinstance(sample, _Skipped)]
     if not good:
         raise DataError(f"{source.name}: none of the first {looked_at} records can be used; {bad[0].message}")
     sizes = [sum(sample.num_tokens for sample in chosen) for chosen, _ in first_fit(good, budget, lookahead)]
-    share = len(source) / looked_at
+    share = records / looked_at
     # The last packs are filled from what is left over, which tells nothing of a longer run.
     typical = max(sizes) if share > 1 else sum(sizes) / len(sizes)
     return Survey(
-        records=len(source),
+        records=records,
         looked_at=looked_at,
         usable=len(good),
         image_tokens=float(np.mean([sample.grid[0] * sample.grid[1] for sample in good])),

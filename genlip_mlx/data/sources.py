@@ -16,8 +16,9 @@ import tarfile
 from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -41,15 +42,21 @@ class SourceError(ValueError):
     """A data set that cannot be opened; the message says what is there instead, or what to do."""
 
 
+class DamagedError(SourceError):
+    """A file that is of the right kind, but cannot be read."""
+
+
 class Source(ABC):
     """Numbered records.
 
     Attributes:
         name: what the user called the data set.
         problems: damage found while opening, such as a tar that is cut off; the rest is there.
+        exact: whether `count` is.
     """
 
     name: str
+    exact = True
     problems: tuple[RecordError, ...] = ()
 
     @abstractmethod
@@ -68,12 +75,36 @@ class Source(ABC):
     def _signature(self) -> Iterable[bytes]:
         """What tells this data set from a changed one."""
 
+    def count(self) -> int:
+        """How many records there are; of a stream, which has no length, an estimate."""
+        return len(self)
+
+    def places(
+        self, epoch: int, seed: int | None, start: int = 0, before: Iterable[int] = ()
+    ) -> Iterator[tuple[int, int]]:
+        """The order of an epoch: positions, each larger than the one before, and the numbers of their records.
+
+        Args:
+            seed: of the order; None for the source's own.
+            start: the position to begin at.
+            before: positions before it, in order, that come first.
+        """
+        order = np.arange(len(self)) if seed is None else permutation(len(self), seed, epoch)
+        return ((position, int(order[position])) for position in chain(before, range(start, len(order))))
+
     def identity(self) -> dict[str, Any]:
-        """Number of records, and a fingerprint of names and sizes: {"records", "fingerprint"}, for JSON."""
+        """Number of records, if known, and a fingerprint of names and sizes: {"records", "fingerprint"}, for JSON."""
         digest = hashlib.sha256(type(self).__name__.encode())
         for part in self._signature():
             digest.update(len(part).to_bytes(8, "little") + part)
-        return {"records": len(self), "fingerprint": digest.hexdigest()[:16]}
+        return {"records": len(self) if self.exact else None, "fingerprint": digest.hexdigest()[:16]}
+
+
+def permutation(number: int, seed: int, stream: int) -> np.ndarray:
+    """The numbers [n] below `number` in an order that seed and stream give."""
+    # Sorted raw words: numpy's own shuffling may change between its releases.
+    words = np.random.Philox(key=np.array([seed % 2**64, stream], np.uint64)).random_raw(number)
+    return np.argsort(words, kind="stable")
 
 
 def open_source(
@@ -92,6 +123,8 @@ def open_source(
             - a folder of tars, parquet or JSONL files;
             - webdataset tars or parquet files, by name or pattern: shard-{000..015}.tar, part-*.parquet;
             - a data set on the Hugging Face hub, owner/name or owner/name:CONFIG, downloaded whole;
+            - stream: and tars or parquet files by pattern, their folder, or a hub name: opened, and downloaded, one
+              at a time, for training on data that is too much to hold or to look through first;
             - synth:SPLIT[:SIZE][:KINDS], scenes drawn when asked for, such as synth:train:5000:words,banners.
         image_column: the field of the picture, by default "image" or "file_name"; in tars, the member's suffix.
         caption_column: the field of the text, by default the first there is of "caption", "conversations",
@@ -106,11 +139,15 @@ def open_source(
     if data.startswith("synth:"):
         _refuse(columns, data, "drawn scenes")
         return DrawnScenes(data)
+    if data.startswith("stream:"):
+        from .streams import Stream
+
+        return Stream(data, columns, split)
     path = Path(data).expanduser()
     if path.is_dir():
         source = _open_folder(path, columns, split)
-    elif files := _expand(str(path)):
-        source = _open_files(data, files, columns)
+    elif files := expand(str(path)):
+        source = open_files(data, files, columns)
     elif re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(:[\w.-]+)?", data):
         source = _open_hub(data, columns, split)
     else:
@@ -133,7 +170,7 @@ def _open_folder(folder: Path, columns: Columns, split: str) -> Source:
     lines, tars = metadata or sorted(inside.glob("*.jsonl")), sorted(inside.glob("*.tar"))
     for files in (lines, tars, tables):
         if files:
-            return _open_files(str(inside), [str(path) for path in files], columns)
+            return open_files(str(inside), [str(path) for path in files], columns)
     for other in ("metadata.csv", "metadata.parquet"):
         if (inside / other).is_file():
             raise SourceError(f"{inside / other}: only {_METADATA} is read; write the same columns as JSON lines")
@@ -141,7 +178,17 @@ def _open_folder(folder: Path, columns: Columns, split: str) -> Source:
     return ImageFolder(inside)
 
 
-def _open_files(data: str, files: Sequence[str], columns: Columns) -> Source:
+def open_files(data: str, files: Sequence[str], columns: Columns, cache: Path | None = None) -> Source:
+    """Files of one kind.
+
+    Args:
+        data: what the user calls them.
+        cache: folder for what the datasets library makes of parquet, by default its own.
+
+    Raises:
+        SourceError: if they are not a data set.
+        DamagedError: if one cannot be read; a tar is used up to its damage.
+    """
     suffixes = {Path(file).suffix.lower() for file in files}
     if len(suffixes) > 1:
         raise SourceError(f"{data}: files of several kinds, {', '.join(sorted(suffixes))}; name one kind")
@@ -152,7 +199,7 @@ def _open_files(data: str, files: Sequence[str], columns: Columns) -> Source:
     if suffix == ".tar":
         return Tars(data, files, columns)
     if suffix == ".parquet":
-        return _open_parquet(data, files, columns)
+        return _open_parquet(data, files, columns, cache)
     remedy = {
         ".json": "write one object a line and call it .jsonl",
         ".gz": "unpack it: records inside a compressed file cannot be found by number",
@@ -168,7 +215,7 @@ def _refuse(columns: Columns, data: str, what: str) -> None:
         raise SourceError(f"{data}: {what} have no columns, so {chosen!r} cannot be one; leave the option out")
 
 
-def _expand(pattern: str) -> list[str]:
+def expand(pattern: str) -> list[str]:
     """The files behind a name: braces as in a shell, then wildcards, sorted; none if there is no such file."""
     if os.path.isfile(pattern):
         return [pattern]
@@ -436,28 +483,41 @@ def _first(wanted: Iterable[str], there: Sequence[str]) -> str | None:
     return next((name for name in wanted if name in there), None)
 
 
-def _open_parquet(data: str, files: Sequence[str], columns: Columns) -> Table:
-    library = _datasets(data)
+def _open_parquet(data: str, files: Sequence[str], columns: Columns, cache: Path | None) -> Table:
+    library = datasets_library(data)
     from pyarrow import parquet
+
+    if cache is not None:
+        library.disable_progress_bars()  # a stream's files are opened while a live line shows how training goes
 
     for file in files:
         try:
             parquet.read_schema(file)
         except (ValueError, OSError) as error:  # what pyarrow raises for damaged files derives from these
-            raise SourceError(f"{file}: not a readable parquet file ({_line(error)})") from None
+            raise DamagedError(f"{file}: not a readable parquet file ({_line(error)})") from None
     try:
-        table = library.load_dataset("parquet", data_files=list(files), split="train")
+        table = library.load_dataset(
+            "parquet", data_files=list(files), split="train", cache_dir=None if cache is None else str(cache)
+        )
     except (ValueError, OSError, library.exceptions.DatasetsError) as error:
-        raise SourceError(f"{data}: cannot be read ({_line(error.__cause__ or error)})") from None
+        raise DamagedError(f"{data}: cannot be read ({_line(error.__cause__ or error)})") from None
     origin = [f"{Path(file).name} {os.path.getsize(file)}" for file in files]
     return Table(data, table, columns, Path(files[0]).parent, origin)
 
 
 def _open_hub(data: str, columns: Columns, split: str) -> Table:
-    library = _datasets(data)
+    library = datasets_library(data)
     repo, _, config = data.partition(":")
-    try:
+    with hub_errors(data, library):
         table = library.load_dataset(repo, config or None, split=split)
+    return Table(data, table, columns, Path(), [repo, config, split, str(table.info.dataset_size)])
+
+
+@contextmanager
+def hub_errors(data: str, library: Any) -> Iterator[None]:
+    """What the datasets library raises while it looks for a data set, as a SourceError."""
+    try:
+        yield
     except FileNotFoundError as error:
         raise SourceError(
             f"{data}: no such file or folder here, and no such data set on the hub (a private one needs "
@@ -469,10 +529,14 @@ def _open_hub(data: str, columns: Columns, split: str) -> Table:
         ) from None
     except (ValueError, RuntimeError, library.exceptions.DatasetsError) as error:
         raise SourceError(f"{data}: the hub's data set cannot be opened ({_line(error)})") from None
-    return Table(data, table, columns, Path(), [repo, config, split, str(table.info.dataset_size)])
 
 
-def _datasets(data: str) -> Any:
+def datasets_library(data: str) -> Any:
+    """The datasets library.
+
+    Raises:
+        SourceError: if it is not installed.
+    """
     try:
         import datasets
     except ImportError:

@@ -29,12 +29,12 @@ from .scenes.vocabulary import Fact
 SPLITS = ("train", "validation", "test")
 LAYOUTS = ("square", "tall", "wide")
 _RENDERERS: dict[str, tuple[Callable[[Dice], Drawn], float]] = {  # with its share of a mixture of all
-    "shapes": (shapes, 0.34),
-    "words": (words, 0.24),
-    "receipts": (receipts, 0.10),
-    "banners": (banners, 0.14),
-    "bars": (bars, 0.09),
-    "lines": (lines, 0.09),
+    "shapes": (shapes, 0.50),
+    "words": (words, 0.20),
+    "receipts": (receipts, 0.07),
+    "banners": (banners, 0.11),
+    "bars": (bars, 0.06),
+    "lines": (lines, 0.06),
 }
 KINDS = tuple(_RENDERERS)
 

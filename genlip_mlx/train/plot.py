@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +19,38 @@ def read_metrics(run: Path) -> list[dict[str, Any]]:
     """The metrics of a run, one dict a step.
 
     Raises:
-        ValueError: if the folder holds no run.
+        ValueError: if the folder holds no run, its run has made no step, or its metrics are damaged.
     """
     path = Path(run) / "metrics.jsonl"
     if not path.is_file():
         raise ValueError(f"{run}: no metrics.jsonl; name a run folder")
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    rows = []
+    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(keepends=True), 1):
+        if not line.endswith("\n"):
+            break  # the run is just writing it, or was killed as it did
+        try:
+            row = json.loads(line)
+            rows.append(row | {name: _number(row[name]) for name in ("loss", "lr", "grad_norm")})
+            if not isinstance(row["tokens"], int):
+                raise TypeError
+        except (ValueError, LookupError, TypeError):
+            raise ValueError(f"{path}:{number}: not the metrics of a step") from None
+    if not rows:
+        raise ValueError(f"{path}: no step yet; there is nothing to draw")
+    return rows
+
+
+def _number(value: Any) -> float:
+    return math.nan if value is None else float(value)
 
 
 def plot(runs: Sequence[str | Path], output: str | Path) -> None:
-    """Draw loss (training thin, validation thick), learning rate and gradient norm over tokens seen.
+    """Draw loss, learning rate and gradient norm over the tokens seen, 1200 pixels wide.
+
+    Training losses are lines, each step's pale and their average strong; validation losses are points.
 
     Raises:
-        ValueError: if a folder holds no run, or matplotlib is missing.
+        ValueError: if a folder holds no run, the output is of no known kind, or matplotlib is missing.
     """
     try:
         import matplotlib
@@ -38,37 +59,57 @@ def plot(runs: Sequence[str | Path], output: str | Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, (loss, rate, norm) = pyplot.subplots(1, 3, figsize=(15, 4.5), layout="constrained")
-    for run, color in zip(map(Path, runs), COLORS * len(runs)):
-        metrics = read_metrics(run)
-        seen, total = [], 0
-        for row in metrics:
-            total += row["tokens"]
-            seen.append(total / 1e6)
-        losses = [float("nan") if row["loss"] is None else row["loss"] for row in metrics]
+    folders = [*map(Path, runs)]
+    read = [read_metrics(folder) for folder in folders]
+    names = [folder.resolve().name for folder in folders]
+    if len({*names}) < len(names):
+        names = [*map(str, folders)]
+    figure = pyplot.figure(figsize=(12, 4.4), layout="constrained")
+    kind = Path(output).suffix.lstrip(".").lower() or "png"
+    known = figure.canvas.get_supported_filetypes()
+    if kind not in known:
+        raise ValueError(f"{output}: no picture is called .{kind}; known are {', '.join(known)}")
+    loss, rate, norm = figure.subplots(1, 3, width_ratios=(2, 1, 1))
+    for name, metrics, color in zip(names, read, COLORS * len(names)):
+        seen = [total / 1e6 for total in accumulate(row["tokens"] for row in metrics)]
+        losses = [row["loss"] for row in metrics]
         loss.plot(seen, losses, color=color, alpha=0.25, linewidth=0.8)
-        loss.plot(seen, _smooth(losses), color=color, linewidth=1.5, label=run.name)
+        loss.plot(seen, [*map(Smoothed().add, losses)], color=color, linewidth=1.5, label=f"{name}, training")
         valid = [(x, row["valid_loss"]) for x, row in zip(seen, metrics) if row.get("valid_loss") is not None]
         if valid:
-            loss.plot(*zip(*valid), color=color, marker="o", linestyle="--", label=f"{run.name}, validation")
+            loss.scatter(*zip(*valid), color=color, edgecolor="white", s=40, zorder=3, label=f"{name}, validation")
         rate.plot(seen, [row["lr"] for row in metrics], color=color)
         norm.plot(seen, [row["grad_norm"] for row in metrics], color=color, linewidth=0.8)
-    for axes, label in ((loss, "loss, nats a token"), (rate, "learning rate"), (norm, "gradient norm")):
-        axes.set_xlabel("tokens seen, millions")
+    labels = "loss (nats a label token)", "learning rate", "gradient norm, before clipping"
+    for axes, label in zip((loss, rate, norm), labels):
+        axes.set_xlabel("tokens seen (millions)")
         axes.set_ylabel(label)
         axes.grid(alpha=0.3)
-    norm.set_yscale("log")
-    loss.legend()
+        axes.spines[["top", "right"]].set_visible(False)
+    rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
+    for axes in (loss, norm):
+        axes.set_yscale("log")
+    for formatter in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
+        formatter("{x:g}")  # 0.6, and not 6 x 10^-1
+    loss.legend(frameon=False)
     with atomic_file(output) as file:
-        figure.savefig(file, dpi=120, format=Path(output).suffix.lstrip(".") or "png")
+        figure.savefig(file, dpi=100, format=kind)
     pyplot.close(figure)
 
 
-def _smooth(values: Sequence[float], share: float = 0.95) -> list[float]:
-    """An exponential average without the pull of its start (as Adam's bias correction)."""
-    out, mean, weight = [], 0.0, 0.0
-    for value in values:
-        if value == value:  # not nan
-            mean, weight = share * mean + (1 - share) * value, share * weight + 1 - share
-        out.append(mean / weight if weight else float("nan"))
-    return out
+class Smoothed:
+    """An exponential average without the pull of its start (as Adam's bias correction).
+
+    Args:
+        share: of the average that a new value leaves as it was.
+    """
+
+    def __init__(self, share: float = 0.95) -> None:
+        self._share, self._sum, self._weight = share, 0.0, 0.0
+
+    def add(self, value: float) -> float:
+        """The average after one more value; what is not finite does not count. nan before the first that does."""
+        if math.isfinite(value):
+            self._sum = self._share * self._sum + (1 - self._share) * value
+            self._weight = self._share * self._weight + 1 - self._share
+        return self._sum / self._weight if self._weight else math.nan

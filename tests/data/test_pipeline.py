@@ -167,9 +167,10 @@ def test_the_order_is_the_seed_s(processor: Processor) -> None:
 
 def test_the_order_never_changes(processor: Processor) -> None:
     # A checkpoint of one release must go on in the next: this list is part of the format.
-    order = module._Order(12, 7, True, None, 100, 8, 0, 1)
-    assert order.permutation(0).tolist() == [8, 4, 1, 6, 3, 2, 11, 7, 5, 9, 10, 0]
-    assert order.permutation(1).tolist() == [11, 3, 9, 1, 6, 2, 5, 4, 8, 0, 7, 10]
+    source = Made(12)
+    assert [record for _, record in source.places(0, seed=7)] == [8, 4, 1, 6, 3, 2, 11, 7, 5, 9, 10, 0]
+    assert [record for _, record in source.places(1, seed=7)] == [11, 3, 9, 1, 6, 2, 5, 4, 8, 0, 7, 10]
+    assert [*source.places(1, seed=7, start=9, before=[2, 5])] == [(2, 9), (5, 2), (9, 0), (10, 7), (11, 10)]
 
 
 def test_it_goes_on_for_ever(processor: Processor) -> None:
@@ -202,6 +203,19 @@ def test_workers_change_nothing(processor: Processor) -> None:
     assert_same(first, alone[:5])
     assert_same(packs_of(source, processor, epochs=2, workers=1, start=state), alone[5:])
     assert multiprocessing.active_children() == []
+
+
+@pytest.mark.parametrize(("before", "after"), [(0, 3), (1, 0), (3, 1), (3, 3)])
+def test_resume_with_another_number_of_workers(before: int, after: int, processor: Processor) -> None:
+    source = Made(60, silent=[3], damaged=[10, 17])
+    alone = packs_of(source, processor, epochs=2)
+    stop = 4  # in the middle of the first epoch, with samples waiting
+    with Pipeline(source, processor, budget=150, lookahead=6, workers=before, epochs=2) as pipeline:
+        assert_same(list(islice(pipeline, stop)), alone[:stop])
+        state = json.loads(json.dumps(pipeline.state()))
+    assert state["epoch"] == 0
+    assert state["waiting"]
+    assert_same(packs_of(source, processor, epochs=2, workers=after, start=state), alone[stop:])
 
 
 @pytest.mark.parametrize("world", [2, 3])

@@ -66,9 +66,9 @@ class Dice:
         return self.sample(choices, len(choices))
 
     def noise(self, height: int, width: int, amplitude: int) -> np.ndarray:
-        """[height, width, 1] int16, each in [-amplitude, amplitude], most of it near 0."""
+        """[height, width, 1] int16, each in [-amplitude, amplitude], most of it near 0; amplitude is at most 128."""
         words = self._philox.random_raw(-(-height * width // 4))
-        pairs = np.asarray(words, dtype="<u8").view("<u2")[: height * width].astype(np.int32)
+        pairs = np.asarray(words, dtype="<u8").view("<u2")[: height * width]
         # Two bytes of each pair added up: triangular, which is near enough to a camera's noise.
-        summed = (pairs & 255) + (pairs >> 8) - 255
-        return (summed * amplitude // 255).astype(np.int16).reshape(height, width, 1)
+        summed = ((pairs & 255) + (pairs >> 8)).astype(np.int16) - 255
+        return (summed * np.int16(amplitude) // np.int16(255)).reshape(height, width, 1)

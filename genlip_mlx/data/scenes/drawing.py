@@ -42,7 +42,12 @@ def text_width(text: str, size: int) -> float:
     Scaled from a large size, where hinting is negligible: what fits, and so what is written, must not depend
     on the FreeType at hand.
     """
-    return font(256).getlength(text) * size / 256
+    return _width_at_256(text) * size / 256
+
+
+@lru_cache(maxsize=4096)  # scenes are written in few words
+def _width_at_256(text: str) -> float:
+    return font(256).getlength(text)
 
 
 def fitting(lines: list[str], width: float, height: float, largest: int, smallest: int = 10) -> int:
@@ -150,8 +155,8 @@ def shade(colour: Colour, dice: Dice, spread: int) -> Colour:
 
 def distance(a: Colour, b: Colour) -> float:
     """How far apart two colours look, 0 to 765: green differences weigh most, red ones least."""
-    r, g, b_ = (p - q for p, q in zip(a, b, strict=True))
-    return math.sqrt(2 * r * r + 4 * g * g + 3 * b_ * b_)
+    dr, dg, db = a[0] - b[0], a[1] - b[1], a[2] - b[2]
+    return math.sqrt(2 * dr * dr + 4 * dg * dg + 3 * db * db)
 
 
 def visible(ground: Colour, names: Iterable[str], far: float = 280) -> list[str]:
@@ -199,5 +204,7 @@ def grain(image: Image.Image, dice: Dice) -> Image.Image:
     if dice.chance(0.5):
         return image
     noise = dice.noise(image.height, image.width, dice.between(6, 28))
-    pixels = np.asarray(image, dtype=np.int16) + noise
-    return Image.fromarray(np.clip(pixels, 0, 255).astype(np.uint8))
+    # Whole rows, all three channels of a pixel with the same noise: twice as fast as three channels a pixel.
+    pixels = np.asarray(image).reshape(image.height, -1) + np.repeat(noise.reshape(image.height, -1), 3, axis=1)
+    pixels = np.clip(pixels, 0, 255, out=pixels).astype(np.uint8)
+    return Image.fromarray(pixels.reshape(image.height, image.width, 3))
