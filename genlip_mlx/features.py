@@ -85,7 +85,7 @@ def encode_images(
     Args:
         pack_tokens: image tokens that go through the model together.
     """
-    chosen = _layer_numbers(layers, model.config.num_hidden_layers)
+    chosen = layer_numbers(layers, model.config.num_hidden_layers)
     if pool not in ("none", "mean"):
         raise ValueError(f"pool must be 'none' or 'mean', not {pool!r}")
     image_processor = processor.image_processor
@@ -131,7 +131,12 @@ def _encode_batch(model: GenLIP, batch: Sequence[Reading], layers: Sequence[int]
         yield Features(reading.name, reading.grid, rows[0], rows[1] if layers else None)
 
 
-def _layer_numbers(layers: str | Sequence[int], num_layers: int) -> list[int]:
+def layer_numbers(layers: str | Sequence[int], num_layers: int) -> list[int]:
+    """The hidden states that `layers` of `encode` stands for, none negative.
+
+    Raises:
+        ValueError: if one does not exist.
+    """
     if layers == "last":
         return []
     if layers == "all":

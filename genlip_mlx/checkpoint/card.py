@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -99,5 +100,5 @@ def _facts(config: GenLIPConfig, dtype: mx.Dtype) -> list[tuple[str, str]]:
 
 def _quantization(field: dict[str, Any]) -> str:
     text = f"{field['mode']}, {field['bits']} bits, groups of {field['group_size']}"
-    higher = [choice["bits"] for choice in field.values() if isinstance(choice, dict)]
-    return text + (f"; {len(higher)} layers at {max(higher)} bits" if higher else "")
+    others = Counter(choice["bits"] for choice in field.values() if isinstance(choice, dict))
+    return "; ".join([text, *(f"{count} layers at {bits} bits" for bits, count in sorted(others.items()))])

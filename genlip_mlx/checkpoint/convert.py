@@ -20,7 +20,7 @@ from .lazy import LazyTensor, dtype_name, parse_dtype
 from .names import expected_shapes, matrices, published
 from .pickles import import_torch
 from .quantization import Quantization, QuantizationError, pack, stored_layout, unpack, unquantized
-from .reading import open_checkpoint
+from .reading import Checkpoint, open_checkpoint
 from .writing import Progress, copy_processor, model_folder, write_config, write_pickles, write_weights
 
 
@@ -80,14 +80,10 @@ def convert(
     if chosen is not None:
         tensors = {name: tensor.cast(chosen) for name, tensor in tensors.items()}
     if quantization is not None:
-        if config.quantization is not None:
-            raise QuantizationError(
-                f"{source.folder}: is quantized already; start from the original or from its dequantized copy "
-                f"({_dequantize_command(source.folder)})"
-            )
+        check_unquantized(source)
         config = quantization.apply(config)
         tensors = pack(tensors, config)
-    return _save(config, tensors, source.folder, _origin(hf_path), mlx_path, upload_repo, overwrite, progress)
+    return _save(config, tensors, source.folder, origin(hf_path), mlx_path, upload_repo, overwrite, progress)
 
 
 def quantize(
@@ -138,7 +134,7 @@ def dequantize(
     tensors = {name: tensor.cast(chosen) for name, tensor in source.tensors.items()}
     tensors = unpack(tensors, source.config, chosen)
     config = dataclasses.replace(source.config, quantization=None)
-    return _save(config, tensors, source.folder, _origin(model), mlx_path, upload_repo, overwrite, progress)
+    return _save(config, tensors, source.folder, origin(model), mlx_path, upload_repo, overwrite, progress)
 
 
 def export(
@@ -178,7 +174,20 @@ def export(
             write_pickles(folder, tensors)
         else:
             write_weights(folder, tensors, "pt", progress)
-    return _report(Path(hf_path), config, tensors)
+    return report_on(Path(hf_path), config, tensors)
+
+
+def check_unquantized(source: Checkpoint) -> None:
+    """Refuse to quantize twice.
+
+    Raises:
+        QuantizationError: naming the folder.
+    """
+    if source.config.quantization is not None:
+        raise QuantizationError(
+            f"{source.folder}: is quantized already; start from the original or from its dequantized copy "
+            f"({_dequantize_command(source.folder)})"
+        )
 
 
 def _save(
@@ -198,10 +207,11 @@ def _save(
         write_weights(folder, tensors, "mlx", progress)
     if upload_repo is not None:
         upload(target, upload_repo)
-    return _report(Path(mlx_path), config, tensors)
+    return report_on(Path(mlx_path), config, tensors)
 
 
-def _report(folder: Path, config: GenLIPConfig, tensors: dict[str, LazyTensor]) -> Report:
+def report_on(folder: Path, config: GenLIPConfig, tensors: dict[str, LazyTensor]) -> Report:
+    """What a folder holds whose tensors are these."""
     return Report(
         folder=folder,
         parameters=sum(math.prod(shape) for shape in expected_shapes(config).values()),
@@ -222,7 +232,7 @@ def _without_text(config: GenLIPConfig) -> GenLIPConfig:
     return dataclasses.replace(encoder, quantization=kept)
 
 
-def _origin(path_or_repo: str | Path) -> str:
+def origin(path_or_repo: str | Path) -> str:
     """What a card calls a source: a repo id, or a folder's name without its place on this machine."""
     path = Path(path_or_repo).expanduser()
     return path.resolve().name if path.is_dir() else str(path_or_repo)

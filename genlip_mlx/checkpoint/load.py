@@ -14,6 +14,7 @@ from ..config import GenLIPConfig
 from ..model.genlip import GenLIP
 from ..processing.processor import Processor
 from . import names, quantization
+from .adapters import load_adapters
 from .card import describe
 from .hub import resolve
 from .lazy import LazyTensor, parse_dtype
@@ -22,7 +23,11 @@ from .writing import model_folder, write_weights
 
 
 def load(
-    path_or_repo: str | Path, dtype: str = "auto", revision: str | None = None, lazy: bool = False
+    path_or_repo: str | Path,
+    dtype: str = "auto",
+    revision: str | None = None,
+    lazy: bool = False,
+    adapter_path: str | Path | None = None,
 ) -> tuple[GenLIP, Processor]:
     """A model and what prepares its inputs, ready to caption and encode.
 
@@ -32,13 +37,17 @@ def load(
             float32 on a CPU, where bfloat16 is slow.
         revision: branch, tag or commit of a hub repo.
         lazy: leave the weights on disk until they are used.
+        adapter_path: folder of an adapter that was trained on this model.
 
     Raises:
         CheckpointError, ConfigError: if the files are not those of a GenLIP model.
+        AdapterError: if the adapter is for another model.
         HubError: if the hub is not reached or does not have it.
     """
     folder = resolve(path_or_repo, revision)
     model = load_model(folder, dtype, lazy)
+    if adapter_path is not None:
+        load_adapters(model, adapter_path)
     return model, Processor.from_pretrained(folder)
 
 

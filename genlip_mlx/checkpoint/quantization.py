@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from ..config import GenLIPConfig
 from .errors import CheckpointError
@@ -72,6 +74,10 @@ class Packing:
         packed: dict[str, tuple[Shape, mx.Dtype]] = {"weight": ((rows, inputs * self.bits // 32), mx.uint32)}
         return packed | dict.fromkeys(self.parts[1:], ((rows, inputs // self.group_size), scale))
 
+    def nbytes(self, shape: Shape, dtype: mx.Dtype) -> int:
+        """Bytes of all parts of a weight of `shape` and `dtype`."""
+        return sum(math.prod(part) * kind.size for part, kind in self.layout(shape, dtype).values())
+
     def pack(self, weight: LazyTensor) -> dict[str, LazyTensor]:
         """The stored parts of a weight."""
         together = Together(lambda: mx.quantize(weight.read(), self.group_size, self.bits, mode=self.mode))
@@ -99,6 +105,13 @@ class Quantization:
 
     default: Packing
     recipe: str | None = None
+    bits: Mapping[str, int] = dataclasses.field(default_factory=dict)  # of layers that have their own, by path
+
+    def with_bits(self, bits: Mapping[str, int]) -> Quantization:
+        """With bits for each layer; the commonest are the default."""
+        ((common, _),) = Counter(bits.values()).most_common(1)
+        own = {path: number for path, number in bits.items() if number != common}
+        return Quantization(dataclasses.replace(self.default, bits=common), None, own)
 
     def apply(self, config: GenLIPConfig) -> GenLIPConfig:
         """The config of the quantized model; `pack` then does what it says.
@@ -106,20 +119,21 @@ class Quantization:
         Raises:
             QuantizationError: if the group size divides no layer's inputs.
         """
-        field: dict[str, Any] = dataclasses.asdict(self.default)
+        choice: dict[str, Any] = dataclasses.asdict(self.default)
         packed = 0
         for path, (_, inputs) in matrices(config).items():
             if path == PATCH_EMBEDDING or inputs % self.default.group_size:
-                field[path] = False
+                choice[path] = False
                 continue
             packed += 1
-            if self.recipe and _matters(path, config):
-                field[path] = dataclasses.asdict(dataclasses.replace(self.default, bits=8))
+            bits = 8 if self.recipe and _matters(path, config) else self.bits.get(path)
+            if bits is not None:
+                choice[path] = dataclasses.asdict(dataclasses.replace(self.default, bits=bits))
         if not packed:
             raise QuantizationError(
                 f"group size {self.default.group_size} divides no layer's width; choose a smaller group size"
             )
-        return dataclasses.replace(config, quantization=field)
+        return dataclasses.replace(config, quantization=choice)
 
 
 def _matters(path: str, config: GenLIPConfig) -> bool:
@@ -205,6 +219,16 @@ def stored_layout(config: GenLIPConfig, dtype: mx.Dtype) -> dict[str, tuple[Shap
 def estimate_size(config: GenLIPConfig, dtype: mx.Dtype) -> int:
     """Bytes of all tensors of a model as saved; `config.quantization` says how it is packed."""
     return sum(math.prod(shape) * kind.size for shape, kind in stored_layout(config, dtype).values())
+
+
+def pack_codes(codes: np.ndarray, bits: int) -> np.ndarray:
+    """Integers [rows, inputs] of `bits` each as mx.quantize stores them: uint32 [rows, inputs * bits // 32].
+
+    A row is one string of bits, the lowest of the first integer first.
+    """
+    rows = codes.astype(np.uint8)[..., None]
+    string = (rows >> np.arange(bits, dtype=np.uint8) & 1).reshape(len(codes), -1)
+    return np.packbits(string, axis=1, bitorder="little").view("<u4")
 
 
 def pack(tensors: Mapping[str, LazyTensor], config: GenLIPConfig) -> dict[str, LazyTensor]:

@@ -19,7 +19,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, cast
+from typing import IO, Any, cast
 
 import mlx.core as mx
 
@@ -226,7 +226,7 @@ def _shards(
 
 
 def write_safetensors(
-    file: BinaryIO, tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], advance: Callable[[int], None]
+    file: IO[bytes], tensors: Mapping[str, LazyTensor], metadata: Mapping[str, str], advance: Callable[[int], None]
 ) -> None:
     """The safetensors format: header length, JSON header, numbers without gaps.
 
@@ -249,7 +249,7 @@ def write_safetensors(
         advance(tensors[name].nbytes)
 
 
-def _write_numbers(file: BinaryIO, tensor: LazyTensor, name: str) -> None:
+def _write_numbers(file: IO[bytes], tensor: LazyTensor, name: str) -> None:
     array = mx.contiguous(tensor.read())
     if (tuple(array.shape), array.dtype) != (tensor.shape, tensor.dtype):
         raise CheckpointError(f"{name}: {array.shape} {array.dtype} is not what its header says")

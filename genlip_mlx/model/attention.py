@@ -133,13 +133,19 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(dim, dim)
         self.out_proj = nn.Linear(dim, dim)
 
+    def query_and_gate(self, x: mx.array) -> tuple[mx.array, mx.array | None]:
+        """[rows, D] -> queries [rows, D] before rotation; and what the gate lets through, 0 to 1, of the same shape."""
+        q = self.q_proj(x)
+        if not self.gated:
+            return q, None
+        q, gate = mx.split(q, 2, axis=-1)
+        return q, sigmoid(gate)
+
     def __call__(self, x: mx.array, context: Context) -> mx.array:
         """[rows, D] -> [queried rows, D]."""
-        q = self.q_proj(context.queried(x))
-        if self.gated:
-            q, gate = mx.split(q, 2, axis=-1)
+        q, gate = self.query_and_gate(context.queried(x))
         q, k, v = (y.reshape(-1, self.num_heads, self.head_dim) for y in (q, self.k_proj(x), self.v_proj(x)))
         out = context.attend(context.rotate(q, queries=True), context.rotate(k), v).flatten(1)
-        if self.gated:
-            out = out * sigmoid(gate)
+        if gate is not None:
+            out = out * gate
         return self.out_proj(out)

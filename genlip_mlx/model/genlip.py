@@ -33,7 +33,7 @@ class VisionEmbeddings(nn.Module):
 
     def __call__(self, patches: mx.array) -> mx.array:
         """[P, 3*p*p] -> [P, D]."""
-        return self.patch_embedding(patches.astype(self.patch_embedding.bias.dtype))
+        return self.patch_embedding(patches)
 
 
 class Visual(nn.Module):
@@ -97,7 +97,7 @@ class GenLIP(nn.Module):
         Args:
             checkpoint: keep no activations inside blocks; the backward pass computes them again.
         """
-        x = mx.concatenate([self._embed_images(patches, sequence), self.embed_text(input_ids, sequence)])
+        x = mx.concatenate([self.embed_images(patches, sequence), self.embed_text(input_ids, sequence)])
         layers, rate = self.visual.layers, self.config.drop_path_rate
         table = Rope(self.config).table(sequence.positions)
         # Drawn here and not inside blocks, which a backward pass may run a second time.
@@ -148,7 +148,7 @@ class GenLIP(nn.Module):
         sequence = PackedSequence(grids)
         cache = Cache(self.config, sequence.grids)
         table = Rope(self.config).table(sequence.positions)
-        x = self._embed_images(patches, sequence)
+        x = self.embed_images(patches, sequence)
         *layers, last = self.visual.layers
         context = PackedContext(sequence, table, observe=cache.add_images)
         for layer in layers:
@@ -191,17 +191,23 @@ class GenLIP(nn.Module):
         x = self.embeddings(input_ids)
         return self.in_proj(x) if "in_proj" in self else x
 
-    def _embed_images(self, patches: mx.array, sequence: PackedSequence) -> mx.array:
+    def embed_images(self, patches: mx.array, sequence: PackedSequence) -> mx.array:
+        """[P, 3*p*p] -> [P, D], before the first block.
+
+        Raises:
+            ValueError: if the grids of `sequence` need another number of patches.
+        """
         expected = (sequence.num_image_rows, self.config.patch_dim)
         if patches.shape != expected:
             raise ValueError(f"patches {patches.shape} do not fit the grids, which need {expected}")
-        return self.vision_embeddings(patches)
+        # The model computes in the type of this norm, which is never quantized nor adapted.
+        return self.vision_embeddings(patches.astype(self.ln_post.weight.dtype))
 
     def _encode(
         self, patches: mx.array, grids: Seq[Grid], observe: Callable[[mx.array], None] | None = None
     ) -> mx.array:
         sequence = PackedSequence(grids)
-        x = self._embed_images(patches, sequence)
+        x = self.embed_images(patches, sequence)
         context: Context = PackedContext(sequence, Rope(self.config).table(sequence.positions))
         if observe is not None:
             observe(x)

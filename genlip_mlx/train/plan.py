@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from ..checkpoint.lazy import parse_dtype
-from ..checkpoint.load import default_dtype
+from itertools import islice
+
 from ..checkpoint.reading import open_checkpoint
 from ..config import GenLIPConfig, estimate_parameters
-from ..data.pipeline import survey
-from ..data.sources import open_source
+from ..data.pipeline import Pipeline, survey
+from ..data.sources import Source
+from ..processing.processor import Processor
+from .memory import Load, Trained, check, plan
 from .recipe import Recipe
-from .run import make_processor, starting_point
+from .run import make_processor, open_data, starting_point, trainable_config
+
+PACKS = 4  # that stand for all of them
 
 
 def describe(recipe: Recipe) -> list[str]:
@@ -23,7 +27,7 @@ def describe(recipe: Recipe) -> list[str]:
     parts = estimate_parameters(config)
     total = sum(parts.values())
     tokens = recipe.iters * recipe.grad_accumulation_steps * recipe.batch_tokens
-    source = open_source(recipe.data)
+    source, held_out = open_data(recipe)
     found = survey(
         source,
         make_processor(recipe, start),
@@ -31,19 +35,22 @@ def describe(recipe: Recipe) -> list[str]:
         seed=recipe.seed,
         max_sample_len=recipe.max_sample_len,
     )
+    packs = loads(recipe, source, make_processor(recipe, start))
+    memory = max(plan(recipe, config, load).total for load in packs)
+    records = f"{'' if source.exact else 'about '}{found.records} records"
     lines = [
         f"model       {total / 1e6:.1f} M parameters: " + ", ".join(f"{k} {v / 1e6:.1f}" for k, v in parts.items()),
         f"steps       {recipe.iters}, {recipe.grad_accumulation_steps} x {recipe.batch_tokens} tokens each",
         f"tokens      {tokens / 1e6:.1f} M on each machine",
         f"operations  {training_flops(config, tokens):.2e} on each machine",
-        f"memory      about {memory_bytes(recipe, config) / 1e9:.2f} GB",
-        f"data        {found.records} records in {source.name}, about {found.packs_per_epoch} packs an epoch",
+        f"memory      about {memory / 1e9:.2f} GB",
+        f"data        {records} in {source.name}, about {found.packs_per_epoch} packs an epoch",
         f"samples     {found.usable} of the {found.looked_at} looked at can be used",
         f"a sample    {found.image_tokens:.0f} image tokens, {found.text_tokens:.0f} of text",
     ]
     lines += [f"unusable    {count} {reason}" for reason, count in found.skipped.items()]
-    if recipe.valid_data:
-        lines.append(f"validation  {len(open_source(recipe.valid_data, split='validation'))} records")
+    if held_out is not None:
+        lines.append(f"validation  {held_out.count()} records")
     return lines
 
 
@@ -56,18 +63,35 @@ def training_flops(config: GenLIPConfig, tokens: int) -> float:
     return 6.0 * tokens * (parts["patch_embedding"] + parts["trunk"] + parts["head"] / 4)
 
 
-def memory_bytes(recipe: Recipe, config: GenLIPConfig) -> float:
-    """An estimate: weights, gradients and AdamW's two moments in float32, and a pack's activations.
+def loads(recipe: Recipe, source: Source, processor: Processor) -> list[Load]:
+    """What the first packs of a run ask of memory."""
+    with Pipeline(
+        source,
+        processor,
+        budget=recipe.batch_tokens,
+        seed=recipe.seed,
+        workers=0,
+        max_sample_len=recipe.max_sample_len,
+        epochs=1,
+    ) as pipeline:
+        return [Load.of(pack) for pack in islice(pipeline, PACKS)]
 
-    A block keeps about 20 D and 7 F numbers a token for its backward pass (fitted to peaks measured on a CPU);
-    with checkpointing only its input.
+
+def describe_fine_tuning(recipe: Recipe) -> list[str]:
+    """Lines on what is trained, and on the memory it takes.
+
+    Raises:
+        TooLargeError: if this machine has not the memory, naming the options that would fit.
+        AdapterError, RecipeError: if the model does not have what should be trained.
+        RunError, SourceError, DataError, or what reading the model raises.
     """
-    weights = 4 * 4 * sum(estimate_parameters(config).values())
-    width = (parse_dtype(recipe.dtype) or default_dtype()).size
-    block = 20 * config.hidden_size + 7 * config.intermediate_size
-    kept = (
-        config.hidden_size * config.num_hidden_layers + block
-        if recipe.grad_checkpoint
-        else (block * config.num_hidden_layers)
-    )
-    return weights + width * kept * recipe.batch_tokens
+    start = starting_point(recipe)
+    config = trainable_config(recipe, start)
+    trained = Trained.of(config, recipe)
+    data, _ = open_data(recipe)
+    _, line = check(recipe, config, loads(recipe, data, make_processor(recipe, start)))
+    total = sum(estimate_parameters(config).values())
+    return [
+        f"trained     {trained.parameters / 1e6:.2f} M parameters; the model has {total / 1e6:.1f} M",
+        f"memory      {line}",
+    ]

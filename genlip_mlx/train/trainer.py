@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -116,6 +117,15 @@ class Trainer:
         sums = mx.distributed.all_sum(mx.array([total, count], mx.float32), group=self.group)
         total, count = number(sums[0]), int(number(sums[1]))
         return total / count if count else math.nan
+
+    @contextmanager
+    def computing(self) -> Iterator[GenLIP]:
+        """The model as it computes, for a while: in eval mode and in the dtype of the computation."""
+        parameters = self.model.trainable_parameters()
+        self.model.eval()
+        self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))
+        yield self.model
+        self.model.update(parameters)
 
     def _loss(self, parameters: Any, batch: Batch, train: bool = True) -> mx.array:
         if self.dtype != mx.float32:

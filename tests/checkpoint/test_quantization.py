@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from genlip_mlx.checkpoint import quantization
@@ -14,7 +15,15 @@ from genlip_mlx.checkpoint.convert import convert, dequantize
 from genlip_mlx.checkpoint.errors import CheckpointError
 from genlip_mlx.checkpoint.lazy import DTYPES, LazyTensor
 from genlip_mlx.checkpoint.names import PATCH_EMBEDDING, matrices
-from genlip_mlx.checkpoint.quantization import MODES, Packing, QuantizationError, choose, estimate_size
+from genlip_mlx.checkpoint.quantization import (
+    MODES,
+    Packing,
+    QuantizationError,
+    choose,
+    estimate_size,
+    pack_codes,
+    packings,
+)
 from genlip_mlx.checkpoint.reading import open_checkpoint
 from genlip_mlx.config import PRESETS
 
@@ -175,3 +184,27 @@ def test_dequantize_needs_a_quantized_model(tiny: Folder, tmp_path: Path) -> Non
     with pytest.raises(QuantizationError, match="tiny-224: is not quantized; to change its type use convert --dtype"):
         dequantize(tiny.path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
+def test_codes_are_packed_as_mlx_packs_them(bits: int) -> None:
+    codes = np.random.default_rng(bits).integers(0, 2**bits, (3, 64))
+    packed = mx.array(pack_codes(codes, bits))
+    ones, zeros = mx.ones((3, 1)), mx.zeros((3, 1))
+    assert np.array_equal(mx.dequantize(packed, ones, zeros, 64, bits), codes)
+    assert packed.dtype == mx.uint32
+
+
+def test_layers_with_bits_of_their_own(tiny: Folder, tmp_path: Path) -> None:
+    paths = packings(choose(group_size=32).apply(open_checkpoint(tiny.path).config))
+    bits = dict.fromkeys(paths, 3) | {"lm_head": 5, "embeddings": 8}
+    convert(tiny.path, tmp_path / "out", quantization=choose(group_size=32).with_bits(bits))
+    config = open_checkpoint(tmp_path / "out").config
+    assert {path: packing.bits for path, packing in packings(config).items()} == bits
+    assert config.quantization is not None
+    assert config.quantization["bits"] == 3
+    assert {path for path, own in config.quantization.items() if isinstance(own, dict)} == {"lm_head", "embeddings"}
+    assert (
+        "affine, 3 bits, groups of 32; 1 layers at 5 bits; 1 layers at 8 bits"
+        in (tmp_path / "out/README.md").read_text()
+    )

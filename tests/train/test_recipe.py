@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 import yaml
 
+from genlip_mlx.config import estimate_parameters
 from genlip_mlx.train.plan import describe
 from genlip_mlx.train.recipe import RecipeError, load_recipe
 
@@ -16,6 +18,45 @@ RECIPES = sorted((Path(__file__).parents[2] / "genlip_mlx" / "recipes").glob("*.
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
 def test_recipes_that_come_along(path: Path) -> None:
     assert load_recipe(path.stem) == load_recipe(path)
+
+
+def test_there_are_two_stages_at_each_scale() -> None:
+    scales = ("tiny", "small", "base", "l16", "so16", "g16")
+    assert {path.stem for path in RECIPES} == {f"{scale}-stage{stage}" for scale in scales for stage in (1, 2)}
+    for scale in scales:
+        first, second = load_recipe(f"{scale}-stage1"), load_recipe(f"{scale}-stage2")
+        assert not first.native
+        assert second.native
+        assert second.init_from == f"runs/{scale}-stage1"
+        assert second.learning_rate < first.learning_rate
+
+
+@pytest.mark.parametrize(
+    ("scale", "trunk", "encoder"),
+    [("small", 23e6, 0.0), ("base", 92e6, 0.1), ("l16", 334e6, 0.3), ("so16", 466e6, 0.4), ("g16", 1228e6, 1.1)],
+)
+def test_sizes(scale: str, trunk: float, encoder: float) -> None:
+    config = load_recipe(f"{scale}-stage1").config()
+    assert estimate_parameters(config)["trunk"] == pytest.approx(trunk, rel=0.01)
+    # The paper's table does not count the gate; in billions.
+    parts = estimate_parameters(dataclasses.replace(config, gated_attention=False))
+    assert round((parts["patch_embedding"] + parts["trunk"]) / 1e9, 1) == encoder
+
+
+@pytest.mark.parametrize(
+    ("scale", "batch", "warmup", "drop_path"),
+    [("l16", 32 * 1024, 0.007, 0.1), ("so16", 32 * 1024, 0.007, 0.1), ("g16", 48 * 1024, 0.02, 0.2)],
+)
+def test_the_papers_settings(scale: str, batch: int, warmup: float, drop_path: float) -> None:
+    stages = (f"{scale}-stage1", batch, 270, 8.0e9, 1e-3), (f"{scale}-stage2", 3.6 * 1024, 1200, 37e6, 1e-4)
+    for name, samples_a_step, tokens_a_sample, samples, peak in stages:
+        recipe = load_recipe(name)
+        assert recipe.grad_accumulation_steps * recipe.batch_tokens == pytest.approx(samples_a_step * tokens_a_sample)
+        assert recipe.iters * samples_a_step == pytest.approx(samples, rel=1e-4)
+        assert (recipe.learning_rate, recipe.min_learning_rate) == (peak, 1e-6)
+        assert (recipe.warmup, recipe.drop_path_rate) == (warmup, drop_path)
+        assert (recipe.adam_beta1, recipe.adam_beta2, recipe.adam_eps) == (0.9, 0.95, 1e-8)
+        assert (recipe.weight_decay, recipe.grad_clip) == (0.01, 1.0)
 
 
 def test_changes_on_the_command_line() -> None:
@@ -69,7 +110,8 @@ def test_a_model_that_cannot_be(tmp_path: Path) -> None:
 
 
 def test_a_plan(tmp_path: Path, golden_dir: Path) -> None:
-    content = yaml.safe_load(RECIPES[0].read_text()) | {"data": "synth:train:50", "valid_data": "synth:validation:9"}
+    content = yaml.safe_load((RECIPES[0].parent / "tiny-stage1.yaml").read_text())
+    content |= {"data": "synth:train:50", "valid_data": "synth:validation:9", "iters": 1400, "batch_tokens": 4096}
     content["tokenizer"] = str(golden_dir / "tiny-224")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
     text = "\n".join(describe(load_recipe(tmp_path / "r.yaml")))
