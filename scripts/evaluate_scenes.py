@@ -3,13 +3,15 @@
     python scripts/evaluate_scenes.py MODEL [MODEL ...] [--size 500] [--json scores.json]
 
 Captions are greedy. Shares are of the groups that are there; the character error rate is the edit distance to the
-printed text over its length.
+printed text over its length. NLL is in nats a label token, over the same scenes; first token is the share of
+patches' attention that goes to the first patch, in the block where it is largest.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,14 +22,17 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from genlip_mlx.analysis.attention import allocation
+from genlip_mlx.analysis.evaluation import evaluate
 from genlip_mlx.data.scoring import score, summary
-from genlip_mlx.data.synthetic import Scene, Scenes
+from genlip_mlx.data.sources import open_source
+from genlip_mlx.data.synthetic import LAYOUTS, Scene, Scenes
 from genlip_mlx.generate import captions
 
-LAYOUTS = ("square", "tall", "wide")
+ATTENDED = 100  # scenes whose attention is looked at
 
 
-def evaluate(model: str, scenes: list[Scene], batch_size: int) -> dict[str, Any]:
+def measure(model: str, scenes: list[Scene], batch_size: int) -> dict[str, Any]:
     loaded, processor = genlip_mlx.load(model)
     # Like sizes together, so that batches hold little padding.
     order = sorted(range(len(scenes)), key=lambda i: scenes[i].image.size)
@@ -37,7 +42,15 @@ def evaluate(model: str, scenes: list[Scene], batch_size: int) -> dict[str, Any]
     scores = [score(scene.facts, spoken[i].caption or "") for i, scene in enumerate(scenes)]
     by_layout = {layout: summary(s for s, scene in zip(scores, scenes) if scene.layout == layout) for layout in LAYOUTS}
     examples = [{"kind": s.kind, "truth": s.caption, "spoken": spoken[i].caption} for i, s in enumerate(scenes[:8])]
-    return {"model": model, "all": summary(scores), **by_layout, "examples": examples}
+
+    source = open_source(f"synth:test:{len(scenes)}")
+    shares = allocation(loaded, processor, islice((source[i] for i in range(len(source))), ATTENDED))
+    total = {
+        **summary(scores),
+        "nll": evaluate(loaded, processor, source).nll,
+        "first_token": float(shares.vision_to_first.max()),
+    }
+    return {"model": model, "all": total, **by_layout, "attention": shares.to_dict(), "examples": examples}
 
 
 def main() -> None:
@@ -48,14 +61,15 @@ def main() -> None:
     parser.add_argument("--json", help="write scores and some captions to this file too")
     options = parser.parse_args()
     scenes = [*Scenes("test", size=options.size)]
-    figures = [evaluate(model, scenes, options.batch_size) for model in options.models]
-    names = [name for name, value in figures[0]["all"].items() if isinstance(value, (int, float))]
-    table = Table("model", "scenes", *names)
+    figures = [measure(model, scenes, options.batch_size) for model in options.models]
     for row in figures:
-        for part in ("all", *LAYOUTS):
-            numbers = [row[part].get(name) for name in names]
-            table.add_row(row["model"], part, *("-" if x is None else f"{x:.3f}" for x in numbers))
-    Console().print(table)
+        parts = ("all", *LAYOUTS)
+        table = Table("", *parts, title=row["model"], title_justify="left")
+        for name, value in row["all"].items():
+            if isinstance(value, float):
+                numbers = [row[part].get(name) for part in parts]
+                table.add_row(name.replace("_", " "), *("-" if x is None else f"{x:.3f}" for x in numbers))
+        Console().print(table)
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
 

@@ -34,6 +34,7 @@ def caption(
     ] = None,
     dtype: options.LoadDtype = options.Dtype.auto,
     revision: options.Revision = None,
+    adapter_path: options.AdapterPath = None,
 ) -> None:
     """Caption pictures.
 
@@ -60,7 +61,7 @@ def caption(
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     paths = list_images(images)
-    loaded, processor = load(model, dtype.value, revision)
+    loaded, processor = load(model, dtype.value, revision, adapter_path=adapter_path)
     settings: dict[str, Any] = {"max_tokens": max_tokens, "temp": temp, "top_p": top_p, "seed": seed}
     failed = 0
     if stream:

@@ -31,6 +31,7 @@ def features(
     ] = "model",
     dtype: options.LoadDtype = options.Dtype.auto,
     revision: options.Revision = None,
+    adapter_path: options.AdapterPath = None,
 ) -> None:
     """Write the patch features of pictures.
 
@@ -47,10 +48,10 @@ def features(
     from ..features import check_output, encode_images, write_features
     from ..processing.images import list_images
 
-    chosen_layers, chosen_size = _layers(layers), _size(size)
+    chosen_layers, chosen_size = parse_layers(layers), parse_size(size)
     check_output(output)
     paths = list_images(images)
-    loaded, processor = load(model, dtype.value, revision)
+    loaded, processor = load(model, dtype.value, revision, adapter_path=adapter_path)
     results = encode_images(loaded, processor, paths, layers=chosen_layers, pool=pool.value, size=chosen_size)
     with progress("encoding", "pictures") as advance:
         report = write_features(output, _watched(results, len(paths), advance))
@@ -69,7 +70,7 @@ def _watched(results: Iterable[Features], total: int, advance: Advance) -> Itera
         advance(done, total)
 
 
-def _layers(text: str) -> Literal["last", "all"] | list[int]:
+def parse_layers(text: str) -> Literal["last", "all"] | list[int]:
     if text == "last" or text == "all":
         return text  # type: ignore[return-value]
     try:
@@ -78,7 +79,7 @@ def _layers(text: str) -> Literal["last", "all"] | list[int]:
         raise typer.BadParameter(f"--layers takes last, all, or numbers such as 0,12,24, not {text!r}") from None
 
 
-def _size(text: str) -> int | Literal["native"] | None:
+def parse_size(text: str) -> int | Literal["native"] | None:
     if text == "model":
         return None
     if text == "native":

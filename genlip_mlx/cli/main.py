@@ -13,17 +13,25 @@ from typing import Annotated, NoReturn
 import typer
 
 from .. import __version__
+from .attention import attention
 from .caption import caption
 from .console import note
 from .convert import convert
 from .doctor import doctor
+from .evaluate import evaluate
 from .export import export
 from .features import features
+from .finetune import finetune
+from .fuse import fuse
 from .info import info
 from .pretrain import plot, pretrain
+from .probe import probe
 from .quantize import dequantize, quantize
+from .readout import readout
+from .report import report
 from .synth import synth
 from .tokenizer import app as tokenizer
+from .zeroshot import zeroshot
 
 INTERRUPTED = 130  # the exit code of a shell command that Ctrl-C ended
 
@@ -39,6 +47,14 @@ app = typer.Typer(
 )
 for command in (convert, quantize, dequantize, export, caption, features, info, doctor, pretrain, plot, synth):
     app.command()(command)
+app.command()(zeroshot)
+app.command()(report)
+app.command()(probe)
+app.command()(evaluate)
+app.command()(finetune)
+app.command()(fuse)
+app.command()(readout)
+app.command()(attention)
 app.add_typer(tokenizer, name="tokenizer")
 
 

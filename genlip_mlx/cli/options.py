@@ -22,6 +22,9 @@ Images = Annotated[
 ]
 Revision = Annotated[str | None, typer.Option(help="Branch, tag or commit of a hub repo.", show_default=False)]
 MlxPath = Annotated[str, typer.Option("--mlx-path", help="Folder to write.", show_default=False)]
+AdapterPath = Annotated[
+    str | None, typer.Option("--adapter-path", help="Folder of an adapter trained on this model.", show_default=False)
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a model that is there already.")]
 UploadRepo = Annotated[
     str | None, typer.Option("--upload-repo", help="Publish the folder to this hub repo.", show_default=False)

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -22,6 +20,9 @@ def pretrain(
     ] = None,
     resume: Annotated[str | None, typer.Option(help="Run folder to go on with.", show_default=False)] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what the run would be, and check the data.")] = False,
+    report_to: Annotated[
+        str | None, typer.Option(help="Also tell wandb or swanlab, as mlx-lm does.", show_default=False)
+    ] = None,
 ) -> None:
     """Pretrain a model on pictures with captions.
 
@@ -36,11 +37,14 @@ def pretrain(
     from ..train.plan import describe
     from ..train.recipe import load_recipe
     from ..train.run import Run
+    from .training import check_services, reporting_service, training_reporter
 
     if (recipe is None) == (resume is None):
         raise typer.BadParameter("name either --recipe or --resume")
     if resume is not None and (changes or dry_run or run_dir):
         raise typer.BadParameter("--resume takes the run as it is; leave out the other options")
+    if report_to is not None:
+        check_services(report_to)
     loaded = load_recipe(recipe, changes or []) if recipe is not None else None
     if dry_run and loaded is not None:
         for line in describe(loaded):
@@ -50,7 +54,13 @@ def pretrain(
     if folder is None:
         raise typer.BadParameter("a new run needs --run-dir")
     run = Run(folder, loaded, resume=resume is not None, log=note)
-    finished = run.train(_reporter(run.recipe.iters, run.recipe.steps_per_report) if run.writes else lambda _: None)
+    if run.writes:
+        every = run.recipe.steps_per_report
+        service = reporting_service(report_to, folder, run.recipe.to_dict(), every) if report_to else None
+        with training_reporter(run.recipe.iters, every, service) as report:
+            finished = run.train(report)
+    else:
+        finished = run.train()
     if run.writes:
         _draw(folder)
         note(f"{folder}: {'finished' if finished else 'stopped and saved'} at step {run.trainer.steps_done}")
@@ -82,27 +92,3 @@ def _draw(folder: str) -> None:
         run([folder], Path(folder) / "curves.png")
     except ValueError as error:
         note(str(error))
-
-
-def _reporter(total: int, every: int) -> Callable[[dict[str, Any]], None]:
-    """A line every few steps: loss, speed, memory, time left."""
-    started = time.monotonic()
-    first: int | None = None
-
-    def report(metrics: dict[str, Any]) -> None:
-        nonlocal first
-        step = metrics["step"]
-        first = step - 1 if first is None else first
-        if "valid_loss" in metrics:
-            note(f"step {step}: validation loss {metrics['valid_loss']:.4f}")
-        if metrics.get("skipped"):
-            note(f"step {step}: the loss was not finite; nothing was changed")
-        if step % every == 0 or step == total:
-            left = (time.monotonic() - started) / (step - first) * (total - step)
-            note(
-                f"step {step}/{total}  loss {metrics['loss']:.4f}  lr {metrics['lr']:.2e}  "
-                f"{metrics['tokens_per_second']:.0f} tokens/s  {metrics['peak_memory_gb']:.2f} GB  "
-                f"{int(left // 3600)}:{int(left // 60 % 60):02}:{int(left % 60):02} left"
-            )
-
-    return report

@@ -109,7 +109,7 @@ def test_a_greedy_caption_starts_no_sampler(navit: Path, images_dir: Path) -> No
 
 
 def test_ctrl_c(call: Call, navit: Path, images_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: Any) -> None:
+    def interrupted(*_: Any, **__: Any) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(loading, "load", interrupted)

@@ -66,6 +66,11 @@ def test_from_scenes_to_captions(tmp_path: Path) -> None:
         (("pretrain", "--recipe", "none", "--run-dir", "r"), 1, "none: no such recipe"),
         (("pretrain", "--recipe", "tiny-stage1", "--run-dir", "r"), 1, "tokenizer: no tokenizer.json"),
         (("pretrain", "--recipe", "tiny-stage2", "--run-dir", "r"), 1, "runs/tiny-stage1"),
+        (
+            ("pretrain", "--recipe", "tiny-stage1", "--run-dir", "r", "--report-to", "tensorboard"),
+            1,
+            "wandb or swanlab",
+        ),
         (("plot", "nothing"), 1, "nothing: no metrics.jsonl; name a run folder"),
     ],
 )
@@ -76,3 +81,18 @@ def test_errors(tmp_path: Path, words: tuple[str, ...], code: int, message: str)
     assert message in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "r").exists()
+
+
+def test_a_thousand_useless_records_end_a_run(tmp_path: Path, golden_dir: Path) -> None:
+    (tmp_path / "d.jsonl").write_text('{"image": "gone.jpg", "caption": "Nothing."}\n' * 1100)
+    changes = [
+        f"tokenizer={golden_dir / 'tiny-224'}",
+        "model_config.vocab_size=2048",
+        "data=d.jsonl",
+        "valid_data=null",
+    ]
+    words = [word for change in changes for word in ("--set", change)]
+    done = run(tmp_path, "pretrain", "--recipe", "tiny-stage1", "--run-dir", "r", *words)
+    assert done.returncode == 1
+    why = "error: d.jsonl: none of the first 1000 records can be used. missing file: 1000, for example"
+    assert done.stderr.splitlines()[-1].startswith(why)

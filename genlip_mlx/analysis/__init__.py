@@ -1,0 +1,1 @@
+"""What a model sees, measured and drawn: one module a question."""
