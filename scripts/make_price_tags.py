@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
 """Draw price tags with captions: a kind of picture that genlip-tiny's training never showed.
 
-    python scripts/make_price_tags.py tags [--train 600] [--validation 60] [--seed 0]
+    python scripts/make_price_tags.py tags [--train 1500] [--validation 100] [--seed 0]
 
-Writes tags/train and tags/validation, each a folder of pictures with metadata.jsonl. A tag has a hole for its string, a
-product and its price; some are on sale, with the old price struck through. The caption states all of it in one form,
-so that the price can be found by a regular expression: `costs ([0-9.]+)`.
+Writes tags/train and tags/validation, each a folder of pictures with metadata.jsonl. A tag is of coloured paper, hangs
+on a string, and shows a price of 1 to 9; some have a red band, which means a sale. The caption states all of it in one
+form, so that fields can be found by a regular expression: `costs ([0-9])`.
 """
 
 from __future__ import annotations
@@ -17,54 +17,48 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-FOOD = "apples pears plums grapes lemons bread rolls butter cheese milk cream eggs rice beans peas corn onions carrots"
-GOODS = "tea coffee sugar salt flour honey jam juice water soap candles paper pens socks hats gloves cups plates spoons"
-PRODUCTS = [*FOOD.split(" "), *GOODS.split(" ")]
-UNITS = ("each", "a kilo", "a pack", "a box")
-PAPERS = {"white": (250, 248, 240), "yellow": (250, 225, 110), "orange": (250, 180, 90), "green": (180, 225, 150)}
+PAPERS = {
+    "white": (250, 248, 240),
+    "yellow": (250, 220, 80),
+    "orange": (245, 160, 60),
+    "green": (150, 215, 120),
+    "blue": (140, 190, 245),
+    "pink": (250, 170, 200),
+}
 SALE = (200, 30, 30)
 INK = (25, 25, 30)
 
 
-def tag(random: random.Random) -> tuple[Image.Image, str]:
+def tag(chance: random.Random) -> tuple[Image.Image, str]:
     """One tag on a counter, and its caption."""
-    width, height = random.choice(((160, 112), (176, 112), (192, 128), (208, 128)))
-    product, unit = random.choice(PRODUCTS), random.choice(UNITS)
-    name = random.choice(list(PAPERS))
-    cents = random.randrange(15, 2500)
-    before = cents + random.randrange(20, 900) if random.random() < 0.35 else None
+    width, height = chance.choice(((128, 96), (144, 96), (128, 112), (144, 112)))
+    name, price = chance.choice(list(PAPERS)), chance.randrange(1, 10)
+    on_sale, from_right = chance.random() < 0.4, chance.random() < 0.5
 
-    counter = tuple(random.randrange(60, 150) for _ in range(3))
+    counter = tuple(chance.randrange(60, 150) for _ in range(3))
     image = Image.new("RGB", (width, height), counter)
     draw = ImageDraw.Draw(image)
-    left, top, right, bottom = (random.randrange(4, 12) for _ in range(4))
+    left, top, right, bottom = (chance.randrange(2, 8) for _ in range(4))
     right, bottom, middle = width - right, height - bottom, height // 2
-    corner = left + 22
-    outline = [(corner, top), (right, top), (right, bottom), (corner, bottom), (left, middle)]
-    draw.polygon(outline, fill=PAPERS[name], outline=INK)
-    draw.ellipse((corner - 10, middle - 5, corner, middle + 5), fill=counter, outline=INK)
-    draw.line((0, middle - random.randrange(10, 40), corner - 5, middle), fill=INK, width=2)
+    corner = left + 24
+    draw.polygon(
+        [(corner, top), (right, top), (right, bottom), (corner, bottom), (left, middle)], fill=PAPERS[name], outline=INK
+    )
+    if on_sale:
+        draw.rectangle((corner, bottom - 14, right, bottom), fill=SALE)
+    draw.ellipse((corner - 12, middle - 5, corner - 2, middle + 5), fill=counter, outline=INK)
+    draw.line((0, middle - chance.randrange(10, 40), corner - 7, middle), fill=INK, width=2)
+    if from_right:
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    centre = width / 2 + (-12 if from_right else 12) + chance.randrange(-4, 5)
+    place = (centre, middle - (6 if on_sale else 0) + chance.randrange(-3, 4))
+    ImageDraw.Draw(image).text(place, str(price), INK, ImageFont.load_default(64), anchor="mm")
 
-    def write(text: str, size: int, y: float, colour: tuple[int, int, int] = INK) -> tuple[float, float, float, float]:
-        place = ((corner + right) / 2, y)
-        font = ImageFont.load_default(size)
-        draw.text(place, text, colour, font, anchor="mm")
-        return draw.textbbox(place, text, font, anchor="mm")
-
-    space = (bottom - top) / 8
-    write(product, 20, top + 1.4 * space)
-    write(money(cents), 30, top + 3.7 * space, SALE if before else INK)
-    write(unit, 14 if before else 16, top + (5.5 if before else 6.2) * space)
-    caption = f"{'An' if name[0] in 'aeiou' else 'A'} {name} price tag for {product}. It costs {money(cents)} {unit}."
-    if before:
-        x0, y0, x1, y1 = write(money(before), 17, top + 7.0 * space)
-        draw.line((x0, y1, x1, y0), fill=SALE, width=2)
-        caption += f" It is on sale and was {money(before)} before."
-    return image, caption
-
-
-def money(cents: int) -> str:
-    return f"{cents // 100}.{cents % 100:02}"
+    article = "An" if name[0] in "aeiou" else "A"
+    caption = (
+        f"{article} {name} price tag with its string on the {'right' if from_right else 'left'}. It costs {price}."
+    )
+    return image, caption + (" It is on sale." if on_sale else "")
 
 
 def write_split(folder: Path, count: int, seed: str) -> None:
@@ -81,8 +75,8 @@ def write_split(folder: Path, count: int, seed: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("output", type=Path, help="folder to make")
-    parser.add_argument("--train", type=int, default=600, help="tags to learn from")
-    parser.add_argument("--validation", type=int, default=60, help="tags to judge by")
+    parser.add_argument("--train", type=int, default=1500, help="tags to learn from")
+    parser.add_argument("--validation", type=int, default=100, help="tags to judge by")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     if options.output.exists():

@@ -174,7 +174,7 @@ def _recipe(
     given: dict[str, Any], config: str | None, changes: list[str], epochs: float | None, no_validate: bool
 ) -> Recipe:
     """Options over the config file over the defaults."""
-    from ..data.held_out import find_validation
+    from ..data.held_out import find_splits
     from ..train.recipe import change, read_recipe, recipe_from
 
     content = dict(DEFAULTS)
@@ -193,7 +193,7 @@ def _recipe(
     if no_validate:
         content |= {"valid_data": None, "valid_share": 0.0}
     elif not content.get("valid_data"):
-        content["valid_data"] = find_validation(str(content["data"]))
+        content["data"], content["valid_data"] = find_splits(str(content["data"]))
     if epochs is not None:
         content["iters"] = _iterations(recipe_from(content), epochs)
     content.setdefault("learning_rate", 1e-5 if content["fine_tune_type"] == "full" else 1e-4)

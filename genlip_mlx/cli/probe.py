@@ -128,22 +128,16 @@ class _Stages:
 
 
 def _print(report: ProbeReport, task: Task) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     used = ", ".join(f"{number} {split}" for split, number in report.pictures.items())
     measure = "accuracy" if task == Task.classify else "mean IoU"
-    table = Table("features", "probe", "layer", "learning rate", "validation", f"test {measure}", "95 % interval")
+    table = Table("features", "probe", "layer", "rate", "validation", "test", "95 % interval", box=SIMPLE_HEAD)
     for result in report.results:
-        low, high = result.interval
-        figures: list[Any] = [result.chosen.validation, result.test]
-        table.add_row(
-            result.features,
-            result.probe,
-            result.chosen.layer,
-            f"{result.chosen.learning_rate:g}",
-            *(f"{figure:.1%}" for figure in figures),
-            f"{low:.1%} to {high:.1%}",
-        )
-    print(f"{len(report.classes)} classes; pictures: {used}")
+        chosen, (low, high) = result.chosen, result.interval
+        figures = f"{chosen.learning_rate:g}", f"{chosen.validation:.1%}", f"{result.test:.1%}"
+        table.add_row(result.features, result.probe, chosen.layer, *figures, f"{low:.1%} to {high:.1%}")
+    print(f"{len(report.classes)} classes; pictures: {used}; {measure}:")
     Console().print(table)

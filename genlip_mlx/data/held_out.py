@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -49,18 +50,20 @@ def set_aside(source: Source, share: float, seed: int) -> tuple[Source, Source]:
     return Subset(source, np.sort(order[count:])), Subset(source, np.sort(order[:count]))
 
 
-def find_validation(data: str) -> str | None:
-    """Validation data that belongs to a data set: its own split, or a file beside train.jsonl; None without any."""
+def find_splits(data: str) -> tuple[str, str | None]:
+    """What to train on, and the validation data that belongs to it: a split of its own, or a file beside train.jsonl.
+
+    A folder with train.jsonl in it, mlx-lm's layout, stands for that file. None if there is no validation data.
+    """
     path = Path(data).expanduser()
+    if (path / "train.jsonl").is_file():
+        path = path / "train.jsonl"
     if path.is_file():
         before, train, after = path.name.partition("train")
         beside = [path.with_name(f"{before}{name}{after}") for name in _NAMES] if train else []
-        return next((str(other) for other in beside if other.is_file()), None)
+        return str(path), next((str(other) for other in beside if other.is_file()), None)
     if path.is_dir() or (not data.startswith(("synth:", "stream:")) and not set("{*?") & set(data)):
-        try:
+        with suppress(SourceError):
             open_source(data, split="validation")
-        except SourceError:
-            beside = [path / f"{name}.jsonl" for name in _NAMES] if (path / "train.jsonl").is_file() else []
-            return next((str(other) for other in beside if other.is_file()), None)
-        return data
-    return None
+            return data, data
+    return data, None

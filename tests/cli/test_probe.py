@@ -47,10 +47,10 @@ def test_scenes(call: Call, navit: Path, tmp_path: Path) -> None:
     scenes = ["--data", "synth:12", "--label", "colour", "--cache", tmp_path / "cache", "--steps", "2"]
     outcome = call("probe", "--model", navit, *scenes, "--layers", "last", "--size", "64")
     assert outcome.code == 0
-    assert outcome.out.startswith("9 classes; pictures: 12 train, 3 validation, 3 test\n")
+    assert outcome.out.startswith("9 classes; pictures: 12 train, 3 validation, 3 test; accuracy:\n")
     outcome = call("probe", "--model", navit, *scenes, "--layers", "last", "--size", "64", "--task", "segment")
     assert outcome.code == 0
-    assert "test mean IoU" in outcome.out
+    assert "; mean IoU:\n" in outcome.out
 
 
 @pytest.mark.parametrize(
