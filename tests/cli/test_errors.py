@@ -157,7 +157,7 @@ def test_debug_shows_the_traceback(call: Call, place: Path) -> None:
 
 
 def test_what_nobody_foresaw(call: Call, place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def broken(*_: Any) -> None:
+    def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("kernel not found\nin line 2")
 
     monkeypatch.setattr(loading, "load", broken)
