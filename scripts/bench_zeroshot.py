@@ -149,7 +149,7 @@ def main() -> None:
     console = Console()
     console.print(f"{options.preset}, random weights, {figures['dtype']}, {figures['device']}, one 224 x 224 picture")
     table = Table(
-        "classes x templates", "naive, s *", "shared, s", "speed-up", "rows of the trie", "peak GB", "difference"
+        "classes x templates", "naive, s *", "shared, s", "speed-up", "rows / tokens", "peak GB", "difference"
     )
     for row in figures["settings"]:
         table.add_row(

@@ -26,7 +26,7 @@ from ..processing.processor import Processor
 from .feature_cache import CACHE, Encoder, ModelEncoder, PixelEncoder, Store, build, random_model
 from .labelled import IGNORED, LabelledError, LabelledSet
 
-LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+LEARNING_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 STEPS = 500
 EVALUATIONS = 10  # times that the validation split is looked at in a training
 BATCH = {"classify": 128, "segment": 16}  # pictures

@@ -12,7 +12,8 @@ import io
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +31,7 @@ from ..processing.reader import ImageLike
 from . import attention, readout
 from .evaluation import answer, evaluate, first_records, questions
 from .labelled import LabelledSet, open_labelled
-from .picture import read_picture
+from .picture import Picture, read_picture
 from .probe import probe
 from .zeroshot import Gallery, classify
 
@@ -103,7 +104,7 @@ class Material:
         """Pictures to show: of records that have captions, else labelled ones, else whatever pictures there are.
 
         Raises:
-            ImageError: if there is none.
+            ReportError, ImageError: if there is none.
         """
         found = [Sample(record.picture, record.image, record) for record in self._records()]
         if found:
@@ -111,9 +112,25 @@ class Material:
         try:
             test = self.labels.splits["test"]
         except (ValueError, OSError):
+            if "://" not in self.data and not Path(self.data).expanduser().exists():
+                raise ReportError(self._why_no_records()) from None
             return [Sample(name, name) for name in list_images([self.data])[:ATTENDED]]
         chosen = np.linspace(0, len(test) - 1, min(ATTENDED, len(test))).astype(int)
         return [Sample(test.names[i], test.picture(int(i))) for i in chosen]
+
+    def pictures(self) -> Iterator[tuple[Sample, Picture]]:
+        """The samples that can be read."""
+        for sample in self.samples:
+            try:
+                yield sample, read_picture(self.processor.image_processor, sample.image, sample.name)
+            except ImageError:
+                continue
+
+    def _why_no_records(self) -> str:
+        try:
+            return f"{self.source.name}: none of its first {self.limit} records can be used"
+        except (ValueError, OSError) as error:
+            return str(error)
 
     def _records(self) -> Iterator[Record]:
         """The first records that can be used; none if the data is no set of records."""
@@ -255,11 +272,13 @@ def patches(material: Material) -> str:
     if tokenizer is None:
         raise VisionOnlyError
     parts = []
-    for sample in material.samples[:READOUTS]:
-        seen = read_picture(material.processor.image_processor, sample.image, sample.name)
+    for sample, seen in islice(material.pictures(), READOUTS):
         result = readout.readout(material.model, seen.patches, seen.grid)
         tokens = readout.drawn_tokens(tokenizer, result)
-        parts.append(figure(lambda path: readout.draw(path, seen, tokens), f"Tokens of the patches of {sample.name}"))  # noqa: B023
+        draw = partial(readout.draw, picture=seen, tokens=tokens)
+        parts.append(figure(draw, f"Tokens of the patches of {sample.name}"))
+    if not parts:
+        raise ReportError(f"{material.data}: none of its first pictures can be read")
     return "".join(parts)
 
 
@@ -268,8 +287,7 @@ def looks(material: Material) -> str:
     model, processor = material.model, material.processor
     blocks = attention.spread(model)
     found, first = [], None
-    for sample in material.samples:
-        seen = read_picture(processor.image_processor, sample.image, sample.name)
+    for sample, seen in material.pictures():
         if sample.record is not None:
             ids = sample.record.text(processor).input_ids.tolist()
         else:
@@ -278,7 +296,7 @@ def looks(material: Material) -> str:
         found.append(shares)
         first = first or (seen, maps)
     if first is None:
-        raise ReportError(f"{material.data}: holds no picture")
+        raise ReportError(f"{material.data}: none of its first pictures can be read")
     mean = attention.mean_allocation(found)
     drawn = attention.Drawn("model", mean, *first)
     columns = [mean.vision_to_first, mean.text_to_first, mean.text_to_vision]
@@ -286,7 +304,7 @@ def looks(material: Material) -> str:
     if mean.gate_mean is not None and mean.gate_closed is not None:
         columns += [mean.gate_mean, mean.gate_closed]
         header += ["gate, mean", f"gate under {attention.CLOSED:.0%}"]
-    rows = [[i, *(f"{column[i - 1]:.1%}" for column in columns)] for i in range(1, len(columns[0]) + 1)]
+    rows = [[i, *(f"{column[i - 1]:.2%}" for column in columns)] for i in range(1, len(columns[0]) + 1)]
     told = f"Shares of attention, means over heads and {mean.samples} pictures; maps of {first[0].name}"
     even = f"<p>If a patch gave all patches the same, the first would get {mean.even:.2%}.</p>\n"
     return figure(lambda path: attention.draw(path, [drawn]), told) + table(header, rows) + even
@@ -375,11 +393,11 @@ def write_report(
         the sections that were left out, with the reason of each.
 
     Raises:
-        ImageError: if the data holds no picture.
+        ReportError, ImageError: if there is no data, or it holds no picture.
         OSError: if the page cannot be written.
     """
-    if not material.samples:
-        raise ImageError(f"{material.data}: holds no picture that can be used")
+    if next(material.pictures(), None) is None:
+        raise ReportError(f"{material.data}: none of its first pictures can be read")
     parts: list[str] = []
     left_out: dict[str, str] = {}
     for number, (title, section) in enumerate(SECTIONS.items(), 1):

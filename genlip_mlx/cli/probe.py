@@ -66,7 +66,7 @@ def probe(
 ) -> None:
     """Measure how good a model's frozen features are.
 
-    A linear probe on mean features and an attentive probe (one learned query) on patches are trained at five
+    A linear probe on mean features and an attentive probe (one learned query) on patches are trained at six
     learning rates and several layers; the best on the validation split is tested. To segment, a linear layer names
     the pixels of each patch, and mean IoU is over pixels of the resized pictures. Intervals are 95 %.
 
@@ -138,6 +138,6 @@ def _print(report: ProbeReport, task: Task) -> None:
     for result in report.results:
         chosen, (low, high) = result.chosen, result.interval
         figures = f"{chosen.learning_rate:g}", f"{chosen.validation:.1%}", f"{result.test:.1%}"
-        table.add_row(result.features, result.probe, chosen.layer, *figures, f"{low:.1%} to {high:.1%}")
+        table.add_row(result.features, result.probe, chosen.layer, *figures, f"{100 * low:.1f} to {high:.1%}")
     print(f"{len(report.classes)} classes; pictures: {used}; {measure}:")
     Console().print(table)

@@ -37,10 +37,10 @@ def test_table_and_json(call: Call, navit: Path, data: Path, tmp_path: Path) -> 
     report = json.loads((tmp_path / "r.json").read_text())
     assert report["classes"] == ["blue", "red"]
     assert len(report["skipped"]) == 1
-    assert [len(result["sweep"]) for result in report["results"]] == [10, 10, 10, 10, 5, 5]
+    assert [len(result["sweep"]) for result in report["results"]] == [12, 12, 12, 12, 6, 6]
     assert {trial["layer"] for trial in report["results"][0]["sweep"]} == {"1", "last"}
     assert report["results"][0]["test"] == 1.0
-    assert len(report["learning_rates"]) == 5
+    assert len(report["learning_rates"]) == 6
 
 
 def test_scenes(call: Call, navit: Path, tmp_path: Path) -> None:

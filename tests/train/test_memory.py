@@ -44,7 +44,7 @@ def pack_of(samples: list[tuple[tuple[int, int], int]], config: GenLIPConfig) ->
         ({}, SMALL, [((8, 8), 64)] * 12),
         ({}, SMALL, [((32, 32), 128)]),
         ({"grad_checkpoint": True}, SMALL, [((14, 14), 70)] * 5),
-        ({"num_layers": 1}, SMALL, [((14, 14), 70)] * 5),
+        ({"num_layers": 2}, SMALL, [((14, 14), 70)] * 5),
         ({"fine_tune_type": "dora"}, PACKED, [((8, 8), 64)] * 8),
         ({}, PACKED, [((8, 8), 64)] * 8),
         ({"fine_tune_type": "full"}, SMALL, [((14, 14), 70)] * 5),
