@@ -123,7 +123,7 @@ def look(
         raise ValueError("attention from text needs a text of one token or more")
     sequence = PackedSequence([grid], [len(input_ids)])
     text = mx.array(np.asarray(input_ids, np.int32))
-    x = mx.concatenate([model.embed_images(mx.array(patches), sequence), model.embed_text(text, sequence)])
+    x = model.embed(mx.array(patches), text, sequence)
     table = Rope(model.config).table(sequence.positions)
     columns, count = first_and_vision(sequence), len(patches)
     each = mx.eye(len(x), count)

@@ -162,7 +162,7 @@ def questions(source: Source, processor: Processor, limit: int) -> list[Question
         except RecordError as error:
             why = str(error)
             continue
-        prompt, answer = _asked(record)
+        prompt, answer = record.question
         key = (_picture(record, number), prompt)
         if key in found:
             known = found[key]
@@ -173,17 +173,6 @@ def questions(source: Source, processor: Processor, limit: int) -> list[Question
     if not found:
         raise EvaluationError(f"{source.name}: no record can be used; {why}")
     return list(found.values())
-
-
-def _asked(record: Record) -> tuple[str, str]:
-    """The prompt and the answer of a record whose text is sound."""
-    prompts: list[str] = []
-    for turn in record.turns:
-        role, text = (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"])
-        if role not in ("human", "user"):
-            return " ".join(filter(None, prompts)), text.strip()
-        prompts.append(text.replace("<image>", "").strip())
-    return record.prompt, record.caption.strip()
 
 
 def _picture(record: Record, number: int) -> Any:

@@ -21,22 +21,31 @@ class Picture:
     grid: tuple[int, int]  # h, w in patches
 
 
+def check_size(image: Image.Image, patch_size: int) -> None:
+    """Refuse what would have to be blown up to fill one patch.
+
+    What a model says of a patch would then be about less than one of its pixels.
+
+    Raises:
+        ImageError: if a side is shorter than a patch.
+    """
+    if min(image.size) < patch_size:
+        raise ImageError(
+            f"{image.width} x {image.height} pixels are less than one patch of {patch_size} x {patch_size}; "
+            "enlarge the picture first"
+        )
+
+
 def read_picture(processor: ImageProcessor, source: str | Path | bytes | Image.Image, name: str = "") -> Picture:
     """Open a picture and cut it into patches.
 
     Raises:
-        ImageError: naming it, if it cannot be read, or is smaller than one patch: what a model says of
-            a patch would then be about less than one of its pixels.
+        ImageError: naming it, if it cannot be read, or is smaller than one patch.
     """
     name = name or (str(source) if isinstance(source, (str, Path)) else "image")
     image = open_image(source, name)
-    side = processor.patch_size
-    if min(image.size) < side:
-        raise ImageError(
-            f"{name}: {image.width} x {image.height} pixels are less than one patch of {side} x {side}; "
-            "enlarge the picture first"
-        )
     try:
+        check_size(image, processor.patch_size)
         patches, grid = processor(image)
     except ImageError as error:
         raise ImageError(f"{name}: {error}") from None

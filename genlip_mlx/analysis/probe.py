@@ -12,6 +12,7 @@ test split is looked at once, by the probe that was chosen.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -173,7 +174,7 @@ def _mask_classes(stores: dict[str, Store]) -> int:
 # --- Three tasks: what a probe sees, what it computes, what it is held against ---
 
 
-class Task:
+class Task(ABC):
     """A probe on one split and layer; R learning rates at once, C outputs.
 
     Inputs are standardised by the training split's mean and deviation, number by number, so that layers of any
@@ -193,27 +194,29 @@ class Task:
         """First weights of one probe: the classifier at zero."""
         return {"weight": mx.zeros((self.width, self.outputs)), "bias": mx.zeros((1, self.outputs))}
 
+    @abstractmethod
     def inputs(self, rows: np.ndarray) -> tuple[mx.array, ...]:
-        raise NotImplementedError
+        """What `logits` takes for some pictures."""
 
     def logits(self, weights: Weights, *inputs: mx.array) -> mx.array:
         """[R, n, C]."""
         return inputs[0] @ weights["weight"] + weights["bias"]
 
+    @abstractmethod
     def targets(self, rows: np.ndarray) -> mx.array:
-        raise NotImplementedError
+        """What `loss` holds logits against."""
 
+    @abstractmethod
     def loss(self, logits: mx.array, targets: mx.array) -> mx.array:
         """Cross-entropy, the mean of a batch, added up over learning rates, which do not touch one another."""
-        raise NotImplementedError
 
+    @abstractmethod
     def judge(self, logits: mx.array, rows: np.ndarray) -> np.ndarray:
         """What a score is made of: [R, pictures, K]."""
-        raise NotImplementedError
 
+    @abstractmethod
     def score(self, records: np.ndarray) -> float:
         """Of [pictures, K]."""
-        raise NotImplementedError
 
     def records(self, weights: Weights, batch: int) -> np.ndarray:
         """[R, pictures, K] of the whole split."""

@@ -16,10 +16,8 @@ from functools import cached_property
 import mlx.core as mx
 import numpy as np
 
-from ..model.cache import Cache, cache_head_dim
-from ..model.exponential import attention
+from ..model.cache import Cache, CachedContext
 from ..model.genlip import GenLIP
-from ..model.rope import rotate
 
 ROOT = -1  # the parent of first tokens: the end of the prompt
 RUN_ROWS = 256  # rows that go through the model together
@@ -90,36 +88,18 @@ class Trie:
 KeysValues = tuple[mx.array, mx.array]  # [B, H, columns, width] each
 
 
-class TrieContext:
-    """Attention of a run of rows: over pictures and prompt, the path to the run, and ancestors within it."""
+class Branch:
+    """What a run of rows sees of one layer besides itself: pictures and prompt, and the path to the run."""
 
-    def __init__(
-        self, prefix: KeysValues, path: KeysValues, next_path: mx.array, table: KeysValues, mask: mx.array, batch: int
-    ):
-        self.prefix, self.path, self.next_path, self.mask, self.batch = prefix, path, next_path, mask, batch
-        self.cos, self.sin = table
+    def __init__(self, prefix: KeysValues, path: KeysValues, next_path: mx.array):
+        self.prefix, self.path, self.next_path = prefix, path, next_path
 
-    def queried(self, x: mx.array) -> mx.array:
-        return x
-
-    def rotate(self, x: mx.array, queries: bool = False) -> mx.array:
-        return rotate(x, self.cos, self.sin)
-
-    def drop_path(self, branch: mx.array, number: int) -> mx.array:
-        return branch
-
-    def attend(self, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
-        """[B * L, H, d] each -> [B * L, H, d]."""
-        heads, head_dim = queries.shape[1:]
-        pad = [(0, 0)] * 3 + [(0, cache_head_dim(head_dim) - head_dim)]
-        q, k, v = (
-            mx.pad(x.reshape(self.batch, -1, heads, head_dim).swapaxes(1, 2), pad) for x in (queries, keys, values)
-        )
-        new = [mx.concatenate([old, x], axis=2) for old, x in zip(self.path, (k, v))]
+    def extend(self, keys: mx.array, values: mx.array) -> KeysValues:
+        """The run's own put behind it; `path` becomes that to the next run."""
+        new = [mx.concatenate([old, x], axis=2) for old, x in zip(self.path, (keys, values))]
         self.path = (new[0][:, :, self.next_path], new[1][:, :, self.next_path])
         k, v = (mx.concatenate([old, x], axis=2) for old, x in zip(self.prefix, new))
-        out = attention(q, k, v, head_dim**-0.5, self.mask)
-        return out[..., :head_dim].swapaxes(1, 2).reshape(-1, heads, head_dim)
+        return k, v
 
 
 def node_log_probs(
@@ -201,9 +181,9 @@ def _runs(model: GenLIP, trie: Trie, cache: Cache, most: int) -> Iterator[tuple[
         next_path = mx.array(np.pad(held, (0, width - len(held))))
         x = model.embed_text(mx.array(np.tile(tokens, batch)))
         for number, layer in enumerate(model.visual.layers):
-            context = TrieContext(prefixes[number], paths[number], next_path, table, mask, batch)
-            x = layer(x, context)
-            paths[number] = context.path
+            branch = Branch(prefixes[number], paths[number], next_path)
+            x = layer(x, CachedContext(branch.extend, (batch, length), table, mask))
+            paths[number] = branch.path
         features = model.ln_post(x).reshape(batch, length, -1)[:, : len(rows)]
         mx.eval(features, paths)
         yield start, features

@@ -20,10 +20,11 @@ import numpy as np
 from PIL import Image
 
 from ..model.genlip import GenLIP, VisionOnlyError
-from ..processing.images import ImageError, ImageProcessor, list_images
+from ..processing.images import ImageProcessor, list_images
 from ..processing.processor import DEFAULT_PROMPT, Processor
 from ..processing.reader import ImageLike, Reading, read_images
 from .labelled import open_labelled
+from .picture import check_size
 from .trie import RUN_ROWS, Trie, node_log_probs
 
 BATCH_SIZE = 8  # pictures read together, where their captions are few
@@ -242,14 +243,10 @@ class CaptionScorer:
 
 @dataclass(frozen=True)
 class _WholePatches(ImageProcessor):
-    """As the model's own, without pictures that would have to be blown up to fill one patch."""
+    """As the model's own, without pictures under a patch."""
 
     def __call__(self, image: Image.Image) -> tuple[np.ndarray, tuple[int, int]]:
-        if min(image.size) < self.patch_size:
-            p = self.patch_size
-            raise ImageError(
-                f"{image.width} x {image.height} pixels are less than one patch of {p} x {p}; enlarge the picture first"
-            )
+        check_size(image, self.patch_size)
         return super().__call__(image)
 
 

@@ -32,6 +32,18 @@ UploadRepo = Annotated[
 LoadDtype = Annotated[
     Dtype, typer.Option("--dtype", help="Type to compute in; auto: bfloat16 on a GPU, float32 on a CPU.")
 ]
+Label = Annotated[
+    str | None,
+    typer.Option("--label", help="Of scenes: shape or colour; of tables: the column of classes.", show_default=False),
+]
+Templates = Annotated[
+    str | None,
+    typer.Option(
+        "--templates",
+        help="Captions with {} for the class, one a line; the name alone if not given.",
+        show_default=False,
+    ),
+]
 QBits = Annotated[
     int | None,
     typer.Option("--q-bits", help="Bits a weight: 2, 3, 4, 5, 6 or 8; 4 if not given.", show_default=False),

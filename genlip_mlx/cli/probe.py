@@ -36,10 +36,7 @@ def probe(
         ),
     ],
     task: Annotated[Task, typer.Option(help="One class a picture, or (with masks) one a pixel.")] = Task.classify,
-    label: Annotated[
-        str | None,
-        typer.Option(help="Of scenes: shape or colour; of tables: the column of classes.", show_default=False),
-    ] = None,
+    label: options.Label = None,
     layers: Annotated[
         str,
         typer.Option(

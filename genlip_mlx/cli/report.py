@@ -27,16 +27,8 @@ def report(
             help="Where labels are, for probes and zero-shot: as probe's --data.", show_default="the same as --data"
         ),
     ] = None,
-    label: Annotated[
-        str | None,
-        typer.Option(help="Of scenes: shape or colour; of tables: the column of classes.", show_default=False),
-    ] = None,
-    templates: Annotated[
-        str | None,
-        typer.Option(
-            help="Captions with {} for the class, one a line; the name alone if not given.", show_default=False
-        ),
-    ] = None,
+    label: options.Label = None,
+    templates: options.Templates = None,
     limit: Annotated[
         int, typer.Option(min=1, help="Records, and pictures of each labelled split, measured at most.")
     ] = 500,

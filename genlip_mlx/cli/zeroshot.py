@@ -36,16 +36,8 @@ def zeroshot(
         str,
         typer.Option(help="Class names, one a line; or a .json object {label: name in captions}.", show_default=False),
     ],
-    label: Annotated[
-        str | None,
-        typer.Option(help="Of scenes: shape or colour; of tables: the column of classes.", show_default=False),
-    ] = None,
-    templates: Annotated[
-        str | None,
-        typer.Option(
-            help="Captions with {} for the class, one a line; the name alone if not given.", show_default=False
-        ),
-    ] = None,
+    label: options.Label = None,
+    templates: options.Templates = None,
     prompt: Annotated[
         str | None, typer.Option(help='What the captions answer; "" asks nothing.', show_default=False)
     ] = None,

@@ -56,6 +56,17 @@ class Record:
             return f"{self.name}: {self.image}"
         return self.name
 
+    @property
+    def question(self) -> tuple[str, str]:
+        """A prompt and the answer to it, of a conversation the first; for a record whose `text` is sound."""
+        prompts: list[str] = []
+        for turn in self.turns:
+            role, text = (turn["from"], turn["value"]) if "from" in turn else (turn["role"], turn["content"])
+            if role not in ("human", "user"):
+                return " ".join(filter(None, prompts)), text.strip()
+            prompts.append(text.replace("<image>", "").strip())
+        return self.prompt, self.caption.strip()
+
     def text(self, processor: Processor) -> TextSample:
         """The record's text tokens, with labels where a loss applies.
 

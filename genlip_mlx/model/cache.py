@@ -6,7 +6,9 @@ place; what is shorter is padded on the left and masked. A batch of equal sizes 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Seq
+from functools import partial
 
 import mlx.core as mx
 import numpy as np
@@ -105,21 +107,25 @@ class Cache:
             column = mx.arange(self.length + tokens)
             row = mx.arange(self.length, self.length + tokens)
             mask = (column >= self.padding[:, None])[:, None, None] & (column <= row[:, None])
-        return [CachedContext(self, i, shape, table, mask) for i in range(len(self.layers))]
+        return [CachedContext(partial(self.extend, i), shape, table, mask) for i in range(len(self.layers))]
 
 
 class CachedContext:
-    """The next text rows of each sequence, over everything before them and themselves."""
+    """The next text rows of each sequence, over everything before them and themselves.
+
+    Args:
+        extend: given the rows' keys and values [B, H, L, width], those of all columns that they may see.
+        shape: (B, L).
+    """
 
     def __init__(
         self,
-        cache: Cache,
-        layer: int,
+        extend: Callable[[mx.array, mx.array], tuple[mx.array, mx.array]],
         shape: tuple[int, int],
         table: tuple[mx.array, mx.array],
         mask: mx.array | str | None,
     ):
-        self.cache, self.layer, self.shape, self.mask = cache, layer, shape, mask
+        self.extend, self.shape, self.mask = extend, shape, mask
         self.cos, self.sin = table
 
     def queried(self, x: mx.array) -> mx.array:
@@ -136,6 +142,6 @@ class CachedContext:
         head_dim = queries.shape[-1]
         width = cache_head_dim(head_dim)
         q, k, v = (_widen(x.reshape(*self.shape, *x.shape[1:]).swapaxes(1, 2), width) for x in (queries, keys, values))
-        k, v = self.cache.extend(self.layer, k, v)
+        k, v = self.extend(k, v)
         out = attention(q, k, v, head_dim**-0.5, self.mask)
         return out[..., :head_dim].swapaxes(1, 2).reshape(-1, *queries.shape[1:])

@@ -88,7 +88,12 @@ class GenLIP(nn.Module):
         return self.logits(self.outputs(patches, input_ids, sequence))
 
     def outputs(
-        self, patches: mx.array, input_ids: mx.array, sequence: PackedSequence, checkpoint: bool = False
+        self,
+        patches: mx.array,
+        input_ids: mx.array,
+        sequence: PackedSequence,
+        checkpoint: bool = False,
+        every_row: bool = False,
     ) -> mx.array:
         """As a call, before the head: `ln_post` features [n + T, D] of the rows that predict text.
 
@@ -96,15 +101,17 @@ class GenLIP(nn.Module):
 
         Args:
             checkpoint: keep no activations inside blocks; the backward pass computes them again.
+            every_row: give all rows [P + T, D] instead.
         """
-        x = mx.concatenate([self.embed_images(patches, sequence), self.embed_text(input_ids, sequence)])
+        x = self.embed(patches, input_ids, sequence)
         layers, rate = self.visual.layers, self.config.drop_path_rate
         table = Rope(self.config).table(sequence.positions)
         # Drawn here and not inside blocks, which a backward pass may run a second time.
         drop = self.training and rate > 0
         kept = drop_path_factors(rate, len(layers), len(sequence.grids)) if drop else [None] * len(layers)
+        last = None if every_row else layers[-1]
         for number, layer in enumerate(layers):
-            context = PackedContext(sequence, table, outputs_only=layer is layers[-1], kept=kept[number])
+            context = PackedContext(sequence, table, outputs_only=layer is last, kept=kept[number])
             x = _checkpointed(layer, context)(x) if checkpoint else layer(x, context)
         return self.ln_post(x)
 
@@ -174,6 +181,10 @@ class GenLIP(nn.Module):
         cache.advance(tokens)
         x = x.reshape(batch, tokens, -1)
         return self.logits(self.ln_post(x if all_logits else x[:, -1]))
+
+    def embed(self, patches: mx.array, input_ids: mx.array, sequence: PackedSequence) -> mx.array:
+        """Both streams before the first block, [P + T, D]; arguments and errors as a call."""
+        return mx.concatenate([self.embed_images(patches, sequence), self.embed_text(input_ids, sequence)])
 
     def embed_text(self, input_ids: mx.array, sequence: PackedSequence | None = None) -> mx.array:
         """int [T] -> [T, D].

@@ -23,9 +23,7 @@ from mlx.utils import tree_unflatten
 
 from ..checkpoint.quantization import Packing
 from ..config import GenLIPConfig
-from ..model.attention import PackedContext
 from ..model.genlip import GenLIP
-from ..model.rope import Rope
 from .objective import CHUNK_LOGITS, Batch, Head
 
 Parts = dict[str, mx.array]  # of a packed weight: weight, scales, biases
@@ -94,16 +92,8 @@ class Rows:
             checkpoint: compute the blocks' activations again in the backward pass.
         """
         sequence = batch.sequence
-        x = mx.concatenate([model.embed_images(batch.patches, sequence), model.embed_text(batch.input_ids, sequence)])
-        context = PackedContext(sequence, Rope(model.config).table(sequence.positions))
-        for layer in model.visual.layers:
-            x = _checkpointed(layer, context)(x) if checkpoint else layer(x, context)
-        x = model.ln_post(x)
+        x = model.outputs(batch.patches, batch.input_ids, sequence, checkpoint, every_row=True)
         return cls(x[: sequence.num_image_rows], x[sequence.output_rows[batch.rows]])
-
-
-def _checkpointed(layer: nn.Module, context: PackedContext) -> Callable[[mx.array], mx.array]:
-    return nn.utils.checkpoint(layer, lambda x: layer(x, context))
 
 
 def in_chunks(model: GenLIP, rows: int, value: Callable[[Head, slice], Callable[[mx.array], mx.array]]) -> Any:

@@ -8,7 +8,6 @@ of the head's can be had at once, while its logits are there (as Liger's fused l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,7 +19,7 @@ import numpy as np
 from mlx.utils import tree_flatten, tree_map
 
 from ..data.packing import Pack
-from ..model.exponential import on_cpu
+from ..model.exponential import exp
 from ..model.genlip import GenLIP
 from ..model.sequence import PackedSequence
 from ..processing.processor import NO_LOSS
@@ -135,12 +134,12 @@ def _with_gradients(head: Head, targets: mx.array, chunks: list[slice]) -> Calla
 def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     """The sum over rows of -log softmax(logits)[target], and its gradient [rows, V]; float32 logits.
 
-    One exponential a logit serves both; on a CPU it is a power, see `genlip_mlx.model.exponential`.
+    One exponential a logit serves both.
     """
     targets = targets[:, None]
     largest = logits.max(axis=-1, keepdims=True)
     shifted = logits - largest
-    powers = mx.power(math.e, shifted) if on_cpu() else mx.exp(shifted)
+    powers = exp(shifted)
     totals = powers.sum(axis=-1, keepdims=True)
     log_likelihood = mx.take_along_axis(logits, targets, axis=-1) - largest - mx.log(totals)
     gradient = mx.put_along_axis(powers / totals, targets, mx.exp(log_likelihood) - 1, axis=-1)

@@ -28,14 +28,15 @@ def describe(recipe: Recipe) -> list[str]:
     total = sum(parts.values())
     tokens = recipe.iters * recipe.grad_accumulation_steps * recipe.batch_tokens
     source, held_out = open_data(recipe)
+    processor = make_processor(recipe, start)
     found = survey(
         source,
-        make_processor(recipe, start),
+        processor,
         budget=recipe.batch_tokens,
         seed=recipe.seed,
         max_sample_len=recipe.max_sample_len,
     )
-    packs = loads(recipe, source, make_processor(recipe, start))
+    packs = loads(recipe, source, processor)
     memory = max(plan(recipe, config, load).total for load in packs)
     records = f"{'' if source.exact else 'about '}{found.records} records"
     lines = [

@@ -64,14 +64,8 @@ def round_layers(
     if "in_proj" in packings:
         tokens = [student.embeddings(batch.input_ids) for batch in batches]
         put("in_proj", _second_moment(tokens))
-    contexts = [
-        PackedContext(batch.sequence, Rope(full.config).table(batch.sequence.positions), outputs_only=False)
-        for batch in batches
-    ]
-    states = [
-        mx.concatenate([student.embed_images(b.patches, b.sequence), student.embed_text(b.input_ids, b.sequence)])
-        for b in batches
-    ]
+    contexts = [PackedContext(batch.sequence, Rope(full.config).table(batch.sequence.positions)) for batch in batches]
+    states = [student.embed(batch.patches, batch.input_ids, batch.sequence) for batch in batches]
     mx.eval(states)
     blocks = list(zip(student.visual.layers, full.visual.layers))
     for number, (block, original) in enumerate(blocks):

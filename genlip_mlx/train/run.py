@@ -178,7 +178,8 @@ class Run:
         self.last = self.validate(held_out)
         if self.writes and self.recipe.valid_captions:
             with self.trainer.computing() as model, (self.folder / SAMPLES).open("a", encoding="utf-8") as file:
-                for sample in spoken(model, self.processor, _first(held_out, self.recipe.valid_captions)):
+                records = _first(held_out, self.processor, self.recipe.valid_captions)
+                for sample in spoken(model, self.processor, records):
                     file.write(json.dumps({"step": self.trainer.steps_done} | sample, ensure_ascii=False) + "\n")
         return self.last
 
@@ -302,11 +303,13 @@ def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
     return set_aside(data, recipe.valid_share, recipe.seed) if recipe.valid_share else (data, None)
 
 
-def _first(source: Source, count: int) -> Iterator[Record]:
-    """The first records that can be used."""
+def _first(source: Source, processor: Processor, count: int) -> Iterator[Record]:
+    """Of the first records, those that can be used."""
     for _, number in islice(source.places(0, None), count):
         with suppress(RecordError):  # validation leaves it out as well
-            yield source[number]
+            record = source[number]
+            record.text(processor)
+            yield record
 
 
 def spoken(model: GenLIP, processor: Processor, records: Iterable[Record]) -> Iterator[dict[str, Any]]:
@@ -314,12 +317,7 @@ def spoken(model: GenLIP, processor: Processor, records: Iterable[Record]) -> It
     from ..generate import captions
 
     for record in records:
-        prompt, reference = record.prompt, record.caption
-        if record.turns:  # of a conversation, the first question and answer
-            texts = [str(turn.get("value", turn.get("content", ""))) for turn in record.turns[:2]]
-            prompt, reference = (
-                (texts[0].replace("<image>", "").strip(), texts[-1]) if len(texts) > 1 else ("", texts[0])
-            )
+        prompt, reference = record.question
         (said,) = captions(model, processor, [record.image], prompt, max_tokens=SAMPLE_TOKENS)
         yield {"image": record.picture, "prompt": prompt, "reference": reference, "caption": said.caption}
 

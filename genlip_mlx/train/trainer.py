@@ -108,12 +108,12 @@ class Trainer:
 
     def evaluate(self, packs: Iterator[Pack]) -> float:
         """Mean loss per label token over packs, each machine taking its own; nan for none."""
-        self.model.eval()
         total, count = 0.0, 0
-        for pack in packs:
-            batch = Batch.of(pack, self.recipe.attention_slack)
-            total += number(self._loss(self.model.trainable_parameters(), batch, train=False))
-            count += batch.label_tokens
+        with self.computing() as model:
+            for pack in packs:
+                batch = Batch.of(pack, self.recipe.attention_slack)
+                total += number(summed_loss(model, batch))
+                count += batch.label_tokens
         sums = mx.distributed.all_sum(mx.array([total, count], mx.float32), group=self.group)
         total, count = number(sums[0]), int(number(sums[1]))
         return total / count if count else math.nan
@@ -123,20 +123,18 @@ class Trainer:
         """The model as it computes, for a while: in eval mode and in the dtype of the computation."""
         parameters = self.model.trainable_parameters()
         self.model.eval()
-        self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))
-        yield self.model
-        self.model.update(parameters)
+        self._compute_with(parameters)
+        try:
+            yield self.model
+        finally:
+            self.model.update(parameters)
 
-    def _loss(self, parameters: Any, batch: Batch, train: bool = True) -> mx.array:
-        if self.dtype != mx.float32:
-            self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))
-        else:
-            self.model.update(parameters)
-        loss = summed_loss(self.model, batch, self.recipe.grad_checkpoint and train)
-        if not train:
-            mx.eval(loss)
-            self.model.update(parameters)
-        return loss
+    def _loss(self, parameters: Any, batch: Batch) -> mx.array:
+        self._compute_with(parameters)
+        return summed_loss(self.model, batch, self.recipe.grad_checkpoint)
+
+    def _compute_with(self, parameters: Any) -> None:
+        self.model.update(tree_map(lambda p: p.astype(self.dtype), parameters))  # nothing to do where it is float32
 
     def _over_all_machines(
         self, loss: mx.array, gradients: Any, tokens: int, label_tokens: int
