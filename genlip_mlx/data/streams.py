@@ -57,12 +57,13 @@ class Stream(Source):
         self._folder = Path(self._temporary.name)
         self._owner = True  # workers have copies, and delete nothing
         self._opened: dict[int, _Shard] = {}  # the latest few
+        self._ahead: tuple[int, threading.Thread] | None = None  # the shard that comes next, on its way
         self._sizes: dict[int, int] = {}  # records of the shards seen so far
         self._shard(0)
 
     def __getstate__(self) -> dict[str, Any]:
         state = {name: value for name, value in self.__dict__.items() if name != "_temporary"}
-        return state | {"_owner": False, "_opened": {}}
+        return state | {"_owner": False, "_opened": {}, "_ahead": None}
 
     def __len__(self) -> int:
         raise SourceError(f"{self.name}: a stream cannot be used here; leave out stream: to have the data whole")
@@ -103,6 +104,8 @@ class Stream(Source):
 
     def _shard(self, number: int) -> _Shard:
         if number not in self._opened:
+            if self._ahead is not None and self._ahead[0] == number:
+                self._ahead[1].join()  # or it would be downloaded twice
             path, folder = self._fetch(number), self._folder / str(number)
             self._opened[number] = shard = _Shard(self.name, path, self._columns, folder / "arrow")
             self._sizes[number] = len(shard)
@@ -142,7 +145,8 @@ class Stream(Source):
                 self._fetch(numbers[0])
 
         if numbers and _hub_path(self._shards[numbers[0]]):
-            threading.Thread(target=fetch, name="download", daemon=True).start()
+            self._ahead = numbers[0], threading.Thread(target=fetch, name="download", daemon=True)
+            self._ahead[1].start()
 
 
 class _Shard:
