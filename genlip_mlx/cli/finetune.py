@@ -32,6 +32,11 @@ class FineTuneType(str, Enum):
     full = "full"
 
 
+class Optimizer(str, Enum):
+    adamw = "adamw"
+    muon = "muon"
+
+
 class LrSchedule(str, Enum):
     cosine = "cosine"
     constant = "constant"
@@ -67,6 +72,7 @@ def finetune(
         int | None, typer.Option(help="Packs of --batch-tokens a step.", show_default=False)
     ] = None,
     grad_checkpoint: Annotated[bool, typer.Option("--grad-checkpoint", help="Less memory, a third more time.")] = False,
+    optimizer: Annotated[Optimizer | None, typer.Option(help="adamw if not given.", show_default=False)] = None,
     learning_rate: Annotated[
         float | None, typer.Option(help="Highest rate; 1e-4, or 1e-5 for full, if not given.", show_default=False)
     ] = None,
@@ -143,6 +149,7 @@ def finetune(
         "batch_tokens": batch_tokens,
         "grad_accumulation_steps": grad_accumulation_steps,
         "grad_checkpoint": grad_checkpoint or None,
+        "optimizer": optimizer and optimizer.value,
         "learning_rate": learning_rate,
         "lr_schedule": lr_schedule and lr_schedule.value,
         "weight_decay": weight_decay,

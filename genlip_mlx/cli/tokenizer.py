@@ -41,8 +41,6 @@ def train(
     Examples:
 
         genlip-mlx tokenizer train --data captions.jsonl --vocab-size 16384 --output tokenizer
-
-        genlip-mlx tokenizer train --data synth:train:20000 --vocab-size 2048 --output tokenizer
     """
     from ..data.sources import open_source
     from ..data.tokenizer import train as run

@@ -25,6 +25,7 @@ from ..data.packing import Pack
 from ..model.exponential import on_cpu
 from .adapters import choose
 from .objective import CHUNK_LOGITS
+from .optimizer import orthogonalized
 from .recipe import Recipe
 
 # Numbers that a block keeps of a token for its backward pass: so many times D, and so many times F.
@@ -75,6 +76,7 @@ class Trained:
     """What of a model is trained."""
 
     parameters: int
+    orthogonalized: int  # of these, by Muon
     largest: int  # of these, in one array
     head: int  # of these, in lm_head itself
     blocks: int  # that keep activations: from the first that is trained on
@@ -92,6 +94,7 @@ class Trained:
         counts = {name: value.size for name, value in sizes.items()}
         return cls(
             parameters=sum(counts.values()),
+            orthogonalized=sum(v.size for k, v in sizes.items() if recipe.optimizer == "muon" and orthogonalized(k, v)),
             largest=max(counts.values()),
             head=counts.get("lm_head.weight", 0),
             blocks=config.num_hidden_layers - first,
@@ -133,7 +136,8 @@ def plan(recipe: Recipe, config: GenLIPConfig, load: Load) -> Memory:
         activations = trained.blocks * block + kept_scores + opened + head
     # The update holds all gradients twice, and what leads from one array's to its new value.
     update = 4.0 * (2 * trained.parameters + 6 * trained.largest)
-    return Memory(weights, 8.0 * trained.parameters, max(activations, update))
+    moments = 8.0 * trained.parameters - 4.0 * trained.orthogonalized  # AdamW keeps two numbers, Muon one
+    return Memory(weights, moments, max(activations, update))
 
 
 def available() -> float:

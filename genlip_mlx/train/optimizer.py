@@ -1,4 +1,4 @@
-"""AdamW, its learning rate over time, and clipping: section 4.1 of the paper."""
+"""AdamW, its learning rate over time, and clipping: section 4.1 of the paper. Muon for those who have few steps."""
 
 from __future__ import annotations
 
@@ -12,15 +12,40 @@ from mlx.utils import tree_flatten, tree_map
 from .recipe import Recipe
 
 
-def make_optimizer(recipe: Recipe) -> optim.AdamW:
-    """AdamW (arXiv 1711.05101) with bias correction, decaying every parameter."""
-    return optim.AdamW(
+class Muon(optim.Muon):
+    """Muon with the decoupled weight decay and the scale of arXiv 2502.16982: AdamW's learning rates serve it too.
+
+    An orthogonalised update of an m x n matrix has elements of RMS 1 / sqrt(max(m, n)); AdamW's have about 0.2.
+    """
+
+    def __init__(self, learning_rate: float, weight_decay: float):
+        super().__init__(learning_rate, weight_decay=0.0)
+        self.decay = weight_decay
+
+    def apply_single(self, gradient: mx.array, parameter: mx.array, state: dict[str, mx.array]) -> mx.array:
+        rows, columns = parameter.shape
+        update = super().apply_single(gradient, mx.zeros_like(parameter), state)  # MLX scales tall matrices itself
+        scale = 0.2 * math.sqrt(max(rows, columns) / max(1.0, rows / columns))
+        return parameter * (1 - self.learning_rate * self.decay) + scale * update
+
+
+def orthogonalized(path: str, parameter: mx.array) -> bool:
+    """Is this one of the parameters that Muon is for: the blocks' matrices?"""
+    return path.startswith("visual.layers.") and parameter.ndim == 2
+
+
+def make_optimizer(recipe: Recipe) -> optim.Optimizer:
+    """AdamW (arXiv 1711.05101) with bias correction, decaying every parameter; or Muon, and AdamW for what it is not for."""
+    adamw = optim.AdamW(
         learning_rate=recipe.learning_rate,
         betas=[recipe.adam_beta1, recipe.adam_beta2],
         eps=recipe.adam_eps,
         weight_decay=recipe.weight_decay,
         bias_correction=True,
     )
+    if recipe.optimizer == "adamw":
+        return adamw
+    return optim.MultiOptimizer([Muon(recipe.learning_rate, recipe.weight_decay), adamw], [orthogonalized])
 
 
 def learning_rate(recipe: Recipe, step: int) -> float:

@@ -16,6 +16,7 @@ from ..config import PRESETS, ConfigError, GenLIPConfig
 
 FINE_TUNE_TYPES = ("lora", "dora", "full")
 PARTS = ("vision", "text", "head")
+OPTIMIZERS = ("adamw", "muon")
 
 
 class RecipeError(ValueError):
@@ -56,6 +57,7 @@ class Recipe:
     batch_tokens: int = 16384  # a pack: image and text tokens
     max_sample_len: int = 4096  # tokens of one sample
     grad_accumulation_steps: int = 1  # packs a step, on each machine
+    optimizer: str = "adamw"  # or muon: for the blocks' matrices, the rest by AdamW
     learning_rate: float = 1e-3
     min_learning_rate: float = 1e-6
     lr_schedule: str = "cosine"  # or constant
@@ -85,6 +87,8 @@ class Recipe:
         for name in ("learning_rate", "grad_clip", "adam_eps"):
             if not getattr(self, name) > 0:
                 raise RecipeError(f"{name} must be positive, not {getattr(self, name)}")
+        if self.optimizer not in OPTIMIZERS:
+            raise RecipeError(f"optimizer must be adamw or muon, not {self.optimizer!r}")
         if self.lr_schedule not in ("cosine", "constant"):
             raise RecipeError(f"lr_schedule must be cosine or constant, not {self.lr_schedule!r}")
         if not 0 <= self.valid_share < 1:

@@ -25,15 +25,16 @@ def test_all_commands_are_there() -> None:
     assert "" not in COMMANDS
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "tokenizer train"])
 def test_every_command_has_help_with_an_example(call: Call, command: str) -> None:
-    outcome = call(command, "--help")
+    outcome = call(*command.split(), "--help")
     assert (outcome.code, outcome.err) == (0, "")
     assert f"Usage: genlip-mlx {command}" in outcome.out
+    assert max(outcome.out) < "\u2600"  # box drawing, but no emoji: rich makes one of :train:
     assert "Example" in outcome.out
     examples = outcome.out.partition("Example")[2]
     assert f"genlip-mlx {command} " in examples
-    assert call(command, "-h") == outcome
+    assert call(*command.split(), "-h") == outcome
 
 
 def test_every_option_has_a_help_text() -> None:

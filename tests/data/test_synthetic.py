@@ -28,7 +28,7 @@ from genlip_mlx.data.writers import write
 
 # What scenes 0 to 99 of seed 0 say. It changes only when their world is meant to change, and with it
 # every number that was measured on it.
-WORLD = "689f0f67de511cf3"
+WORLD = "c0feded39dc258f6"
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,14 @@ def test_the_true_caption_scores_perfectly(scenes: list[Scene]) -> None:
         assert result["groups"] == groups, scene.caption
         assert result["values_right"] == result["values"], scene.caption
         assert result["edits"] == 0, scene.caption
+
+
+def test_groups_are_told_in_reading_order() -> None:
+    order = ["everywhere", "top left", "top right", "top", "left", "centre", "right", "bottom left", "bottom right"]
+    order.append("bottom")
+    for scene in Scenes("test", size=60, kinds=["shapes"]):
+        places = [group["place"] for group in read_groups(scene.caption)]
+        assert places == [fact["place"] for fact in scene.facts] == sorted(places, key=order.index)
 
 
 def test_another_caption_does_not(scenes: list[Scene]) -> None:

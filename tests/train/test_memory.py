@@ -48,6 +48,7 @@ def pack_of(samples: list[tuple[tuple[int, int], int]], config: GenLIPConfig) ->
         ({"fine_tune_type": "dora"}, PACKED, [((8, 8), 64)] * 8),
         ({}, PACKED, [((8, 8), 64)] * 8),
         ({"fine_tune_type": "full"}, SMALL, [((14, 14), 70)] * 5),
+        ({"fine_tune_type": "full", "optimizer": "muon"}, SMALL, [((14, 14), 70)] * 5),
         ({"fine_tune_type": "full", "parts": ["head"]}, replace(SMALL, vocab_size=32768), [((4, 4), 8)]),
         ({"fine_tune_type": None}, replace(SMALL, vocab_size=16384), [((8, 8), 64)] * 8),
     ],
@@ -86,7 +87,7 @@ def test_what_is_trained() -> None:
     assert everything.largest == 768 * 256
     assert Trained.of(SMALL, recipe_of(num_layers=1)).blocks == 1
     assert Trained.of(SMALL, recipe_of(fine_tune_type="full", parts=["head"])) == Trained(
-        512 * 256, 512 * 256, 512 * 256, 0
+        512 * 256, 0, 512 * 256, 512 * 256, 0
     )
 
 

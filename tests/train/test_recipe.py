@@ -75,6 +75,7 @@ def test_changes_on_the_command_line() -> None:
         ("iters=null", "field iters is missing"),
         ("native=1", "native has the wrong type: 1"),
         ("warmup=1.5", r"warmup is a share of iters in \[0, 1\), not 1.5"),
+        ("optimizer=sgd", "optimizer must be adamw or muon, not 'sgd'"),
         ("lr_schedule=linear", "lr_schedule must be cosine or constant, not 'linear'"),
         ("learning_rate=-1", "learning_rate must be positive, not -1"),
         ("model=huge", "unknown model 'huge'; presets are tiny, small"),

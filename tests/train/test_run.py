@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from genlip_mlx.checkpoint.load import load
 from genlip_mlx.data.packing import Pack
 from genlip_mlx.data.pipeline import Pipeline
 from genlip_mlx.data.sources import open_source
-from genlip_mlx.train.recipe import Recipe
+from genlip_mlx.train.recipe import OPTIMIZERS, Recipe
 from genlip_mlx.train.run import Run, RunError, best_checkpoint
 from genlip_mlx.train.trainer import DivergedError, Trainer
 
@@ -148,9 +149,11 @@ def synth_recipe(golden_dir: Path) -> Recipe:
     )
 
 
-def test_resumed_equals_uninterrupted(synth_recipe: Recipe, tmp_path: Path) -> None:
-    assert Run(tmp_path / "whole", synth_recipe, log=quiet).train()
-    part = Run(tmp_path / "part", synth_recipe, log=quiet)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_resumed_equals_uninterrupted(synth_recipe: Recipe, tmp_path: Path, optimizer: str) -> None:
+    recipe = replace(synth_recipe, optimizer=optimizer)
+    assert Run(tmp_path / "whole", recipe, log=quiet).train()
+    part = Run(tmp_path / "part", recipe, log=quiet)
 
     def interrupt(metrics: dict[str, Any]) -> None:
         if metrics["step"] == 7:

@@ -59,26 +59,12 @@ PLACES: dict[str, tuple[str, ...]] = {
 }
 
 _WORDS = """
-air animal apple april arm art autumn baby back bag ball bank bath beach bean bear bed bell big bike bird blue boat
-body book boot bottle bowl box boy brain bread bridge bright brother bus butter button cake call camera camp candle
-captain car card carpet castle cat chair cheese cherry child circus city class clean clock cloud coat coffee coin
-cold cook cool copper corn corner cotton country cow cream cup dance danger daily day deep desk dinner doctor dog
-door double dream dress drink drive dry duck early earth east easy egg empty engine enter evening express eye face
-family farm fast father festival field fire fish flag floor flower fly food football forest fork fox free fresh
-friend fruit garden gate gift girl glass gold good grand grass great green grey guest guitar hair half hammer hand
-happy hat heart heavy help high hill holiday home honey horse hospital hot hotel house ice island jacket jam juice
-july jump june key king kitchen knife lake lamp land large last late leaf left lemon letter library light lion
-little long love low lucky lunch machine magic mail main map march market master meat medal melon metal milk mirror
-model money monkey moon morning mother mountain mouse movie museum music name nature near new news night noise north
-nose number ocean office oil old olive onion open orange oven page paint palace paper park party path peace pen
-pepper piano picture pilot pink pizza plane planet plant plate play please police pool post potato power present
-prince pull push queen quick quiet rabbit radio rain red rest rice right ring river road robot rock roof room rose
-round royal salad sale salt sand school season secret shark sheep ship shoe shop short silver simple singer sister
-sky slow small smile snow soap sock soft soup south space special spoon sport spring square station steam stone stop
-store storm story street strong student sugar summer sun sweet swim table tall taxi tea teacher team tennis tent
-ticket tiger time today tomato tower town toy track train travel tree truck tunnel turtle under valley village visit
-voice wait walk wall warm watch water week welcome west wheel white wild wind window winter wolf wood world yellow
-young zebra zoo
+air apple arm baby bag ball bank bath bean bear bed bell bike bird boat book box bread bus cake camp car card cat
+chair city clock coat coin corn cow cup day desk dog door drum duck egg exit face farm film fire fish flag fork fox
+fruit game gate gift glass gold hall hand hat hill home honey horse hotel ice jam juice key king lake lamp leaf lemon
+lion map milk moon mouse music news night nose ocean oil oven park pen piano pizza plant pool post queen radio rain
+ring river road roof room rose salt sand ship shoe shop sky snow soap sock soup star sugar sun swim table taxi tea
+tent tiger tower toy train tree wall wind wolf zoo
 """
 WORDS = tuple(_WORDS.split())
 NUMBERED = ("room", "bus", "gate", "exit", "line", "track", "floor", "house", "table", "lane", "zone", "route")
