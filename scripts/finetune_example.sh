@@ -43,7 +43,7 @@ score lora "$base" --adapter-path "$out/runs/lora/adapters"
 learn lora-4bit "$out/4bit" --learning-rate 3e-3 --iters $((steps / 10)) --steps-per-eval $((steps / 10))
 score lora-4bit "$out/4bit" --adapter-path "$out/runs/lora-4bit/adapters"
 learn full "$base" --fine-tune-type full --learning-rate 1e-3
-score full "$(sed -n 's/^model *//p' "$out/full.txt")" # the best of its checkpoints
+score full "$out/runs/full"
 genlip-mlx fuse --model "$base" --adapter-path "$out/runs/lora/adapters" --mlx-path "$out/fused"
 
 python - "$out" <<'PYTHON'

@@ -19,8 +19,8 @@ from evaluate_scenes import LAYOUTS, Scenes, measure  # loads OpenBLAS first
 import yaml
 
 from genlip_mlx.checkpoint.convert import convert
+from genlip_mlx.checkpoint.hub import best_checkpoint
 from genlip_mlx.train.plot import plot, read_metrics
-from genlip_mlx.train.run import best_checkpoint
 
 RUNS = {
     "tiny-stage1": "stage 1",

@@ -1,7 +1,8 @@
-"""From a name to a folder, and from a folder to the hub."""
+"""From a name to a model folder, and from a folder to the hub."""
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,13 +17,13 @@ _SMALL_FILES = ["*.json", "*.model", "*.txt", "*.jinja"]
 
 
 def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
-    """A local folder as it is; a hub repo id (owner/name) downloaded, or found in the hub's cache.
+    """A model folder as it is, of a run its best checkpoint; a hub repo id (owner/name) downloaded, or from its cache.
 
     Args:
         revision: branch, tag or commit of the repo.
 
     Raises:
-        CheckpointError: if it is neither, or a revision of a local folder is asked for.
+        CheckpointError: if it is neither, or of a run that trained adapters, or a local folder should have a revision.
         ConfigError: if a repo holds another kind of model; its weights are not downloaded.
         HubError: if the hub is not reached, or does not have it or give it.
     """
@@ -30,12 +31,33 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
     if path.is_dir():
         if revision is not None:
             raise CheckpointError(f"{path}: a local folder has no revision {revision!r}; leave it out")
-        return path
+        folder = best_checkpoint(path) or path
+        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+            raise CheckpointError(
+                f"{path}: holds adapters and no model; fuse them with theirs, or give them as --adapter-path"
+            )
+        return folder
     if path.exists():
         raise CheckpointError(f"{path}: is a file; give the folder that holds it and config.json")
     if not is_repo_id(str(path_or_repo)):
         raise CheckpointError(f"{path_or_repo}: no such folder, and not a hub repo id (owner/name) either")
     return _download(str(path_or_repo), revision)
+
+
+def best_checkpoint(run: Path) -> Path | None:
+    """The checkpoint of a run folder with the lowest validation loss, or its last; None if it is no run folder."""
+    last = last_checkpoint(run)
+    if last is None:
+        return None
+    best = json.loads((last / "run.json").read_text())["best"]
+    chosen = run / "checkpoints" / f"step-{best.get('step')}"
+    return chosen if chosen.is_dir() else last
+
+
+def last_checkpoint(run: Path) -> Path | None:
+    """The checkpoint that a run goes on from."""
+    steps = [p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
+    return max(steps, key=lambda p: int(p.name.removeprefix("step-")), default=None)
 
 
 def is_repo_id(name: str) -> bool:

@@ -253,7 +253,7 @@ def _train(run: Run, folder: str) -> None:
 
 def _tell(run: Run) -> None:
     """Validation before and after, and where the result is."""
-    from ..train.run import best_checkpoint
+    from ..checkpoint.hub import best_checkpoint
 
     if run.held_out is not None:
         import math

@@ -15,7 +15,9 @@ class Dtype(str, Enum):
     bfloat16 = "bfloat16"
 
 
-Model = Annotated[str, typer.Option("--model", help="Model folder, or hub repo id (owner/name).", show_default=False)]
+Model = Annotated[
+    str, typer.Option("--model", help="Model folder, run folder, or hub repo id (owner/name).", show_default=False)
+]
 Images = Annotated[
     list[str],
     typer.Argument(help="Pictures: files, folders (searched recursively), http(s) addresses.", show_default=False),

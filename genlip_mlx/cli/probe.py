@@ -71,7 +71,7 @@ def probe(
 
         genlip-mlx probe --model genlip-l16 --data pets/ --size 384
 
-        genlip-mlx probe --model my-run/checkpoints/step-1000 --data synth: --label shape --baselines
+        genlip-mlx probe --model my-run --data synth: --label shape --baselines
     """
     from ..analysis.labelled import open_labelled
     from ..analysis.probe import LEARNING_RATES, probe

@@ -44,7 +44,7 @@ def report(
 
         genlip-mlx report --model genlip-l16 --data captions.jsonl --labelled pets/ --output report/
 
-        genlip-mlx report --model my-run/checkpoints/step-1000 --data synth:test --label shape --output r/
+        genlip-mlx report --model my-run --data synth:test --label shape --output r/
     """
     from ..analysis.report import PAGE, Material, write_report
     from ..analysis.zeroshot import read_templates

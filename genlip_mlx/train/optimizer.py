@@ -35,7 +35,7 @@ def orthogonalized(path: str, parameter: mx.array) -> bool:
 
 
 def make_optimizer(recipe: Recipe) -> optim.Optimizer:
-    """AdamW (arXiv 1711.05101) with bias correction, decaying every parameter; or Muon, and AdamW for what it is not for."""
+    """AdamW (arXiv 1711.05101) with bias correction, decaying every parameter; or Muon, and AdamW for the rest."""
     adamw = optim.AdamW(
         learning_rate=recipe.learning_rate,
         betas=[recipe.adam_beta1, recipe.adam_beta2],

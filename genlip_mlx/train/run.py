@@ -31,9 +31,8 @@ import mlx.core as mx
 import yaml
 from mlx.utils import tree_flatten, tree_unflatten
 
-from ..checkpoint.adapters import CONFIG_FILE as ADAPTER_CONFIG
 from ..checkpoint.adapters import adapter_tensors, fill, write_adapters
-from ..checkpoint.hub import resolve
+from ..checkpoint.hub import last_checkpoint, resolve
 from ..checkpoint.lazy import LazyTensor, parse_dtype
 from ..checkpoint.load import default_dtype, load_model, write_model
 from ..checkpoint.reading import open_checkpoint
@@ -92,7 +91,7 @@ class Run:
         if recipe is None:
             raise RunError("a new run needs a recipe")
         self.recipe = recipe
-        start = _last_checkpoint(self.folder) if resume else None
+        start = last_checkpoint(self.folder) if resume else None
         if resume and start is None:
             log("no checkpoint yet: starting over")
 
@@ -281,13 +280,8 @@ class Run:
 
 
 def starting_point(recipe: Recipe) -> Path | None:
-    """The model folder that `init_from` names, of a run its best checkpoint; None for a model made anew."""
-    if recipe.init_from is None:
-        return None
-    folder = best_checkpoint(Path(recipe.init_from).expanduser()) or resolve(recipe.init_from)
-    if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
-        raise RunError(f"{recipe.init_from}: holds adapters and no model; fuse them with theirs first")
-    return folder
+    """The model folder that `init_from` names; None for a model made anew."""
+    return None if recipe.init_from is None else resolve(recipe.init_from)
 
 
 def open_data(recipe: Recipe) -> tuple[Source, Source | None]:
@@ -369,21 +363,6 @@ def _image_processor(recipe: Recipe) -> ImageProcessor:
     return ImageProcessor(
         native=recipe.native, size=recipe.image_size, min_pixels=recipe.min_pixels, max_pixels=recipe.max_pixels
     )
-
-
-def best_checkpoint(run: Path) -> Path | None:
-    """The checkpoint of a run with the lowest validation loss, or its last; None if this is no run."""
-    last = _last_checkpoint(run)
-    if last is None:
-        return None
-    best = json.loads((last / "run.json").read_text())["best"]
-    chosen = run / "checkpoints" / f"step-{best.get('step')}"
-    return chosen if chosen.is_dir() else last
-
-
-def _last_checkpoint(run: Path) -> Path | None:
-    steps = [p for p in (run / "checkpoints").glob("step-*") if p.name.removeprefix("step-").isdigit()]
-    return max(steps, key=lambda p: int(p.name.removeprefix("step-")), default=None)
 
 
 def _keep_steps(path: Path, steps: int) -> None:

@@ -17,12 +17,13 @@ import pytest
 from conftest import Golden
 from mlx.utils import tree_flatten
 
+from genlip_mlx.checkpoint.hub import best_checkpoint
 from genlip_mlx.checkpoint.load import load
 from genlip_mlx.data.packing import Pack
 from genlip_mlx.data.pipeline import Pipeline
 from genlip_mlx.data.sources import open_source
 from genlip_mlx.train.recipe import OPTIMIZERS, Recipe
-from genlip_mlx.train.run import Run, RunError, best_checkpoint
+from genlip_mlx.train.run import Run, RunError
 from genlip_mlx.train.trainer import DivergedError, Trainer
 
 
@@ -210,6 +211,9 @@ def test_best_and_last_checkpoints_are_kept(synth_recipe: Recipe, tmp_path: Path
     best = best_checkpoint(tmp_path / "run")
     assert best is not None
     assert best.name == f"step-{run.best['step']}"
+    model, _ = load(tmp_path / "run")  # a run stands for its best checkpoint
+    name, weight = tree_flatten(model.parameters())[-1]
+    np.testing.assert_array_equal(weight, tree_flatten(load(best)[0].parameters(), destination={})[name])
     # A second stage starts from it, with pictures read otherwise.
     second = Recipe(
         **synth_recipe.to_dict() | {"init_from": str(tmp_path / "run"), "native": True, "iters": 1, "min_pixels": 1024}
