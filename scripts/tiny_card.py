@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,8 @@ def facts(run: Path) -> dict[str, Any]:
     metrics = read_metrics(run)
     recipe = yaml.safe_load((run / "config.yaml").read_text())
     tokens = sum(row["tokens"] for row in metrics)
-    seconds = sum(row["tokens"] / row["tokens_per_second"] for row in metrics)
+    # At the median rate: a step during which the machine slept would count for hours.
+    seconds = tokens / statistics.median(row["tokens_per_second"] for row in metrics)
     valid = [row["valid_loss"] for row in metrics if "valid_loss" in row]
     return {
         "steps": len(metrics),
@@ -98,7 +100,7 @@ def sections(runs: dict[str, dict[str, Any]], scores: dict[str, dict[str, Any]],
 From random weights on synthetic scenes (`genlip-mlx synth`) and nothing else: it knows coloured shapes, signs,
 receipts, banners and charts as they are drawn there, and no photograph. `scripts/train_tiny.sh` does all of it again:
 a SentencePiece vocabulary of 20000 captions, recipes `tiny-stage1` and `tiny-stage2`, and the same two with
-`gated_attention: false`. Each run had one core of a Linux CPU, shared with other work; hours are those of its steps.
+`gated_attention: false`. Each run had one core of a Linux CPU; hours are its tokens at its median rate.
 
 {table(["run", "steps", "tokens", "learning rate", "seed", "hours", "peak", "waiting for data", "valid loss"], took)}
 
