@@ -2,7 +2,7 @@
 # Sourced by the other scripts: `environment EXTRA...` makes the virtual environment, installs this
 # checkout into it with the extras and MLX's back end, and sets VENV. A second call with nothing
 # new to install returns at once. The environment is .venv in the checkout; GENLIP_VENV names another.
-# Works with the bash 3.2 of macOS.
+# `pretrain RUN ARGUMENT...` starts or resumes a run there. Works with the bash 3.2 of macOS.
 
 ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${GENLIP_VENV:-$ROOT/.venv}
@@ -71,4 +71,15 @@ environment() {
     "$VENV/bin/python" -m pip install --quiet --disable-pip-version-check --editable "$ROOT${extras:+[$extras]}" ||
         fail "Installing failed; pip's message is above."
     echo "$wanted" >"$stamp"
+}
+
+# pretrain RUN ARGUMENT...: start a run, or go on with it where it was stopped.
+pretrain() {
+    local run=$1
+    shift
+    if [ -f "$run/config.yaml" ]; then
+        genlip-mlx pretrain --resume "$run"
+    else
+        genlip-mlx pretrain --run-dir "$run" "$@"
+    fi
 }

@@ -10,20 +10,9 @@ PATH=$VENV/bin:$PATH
 
 [ -d tokenizer ] || genlip-mlx tokenizer train --data synth:train:20000 --vocab-size 1536 --output tokenizer
 
-# train NAME ARGUMENT...: start the run, or go on with it.
-train() {
-    local run=runs/$1
-    shift
-    if [ -f "$run/config.yaml" ]; then
-        genlip-mlx pretrain --resume "$run"
-    else
-        genlip-mlx pretrain --run-dir "$run" "$@"
-    fi
-}
-
-train tiny-stage1 --recipe tiny-stage1
-train tiny-stage2 --recipe tiny-stage2
-train tiny-stage1-ungated --recipe tiny-stage1 --set model_config.gated_attention=false
-train tiny-stage2-ungated --recipe tiny-stage2 --set init_from=runs/tiny-stage1-ungated
+pretrain runs/tiny-stage1 --recipe tiny-stage1
+pretrain runs/tiny-stage2 --recipe tiny-stage2
+pretrain runs/tiny-stage1-ungated --recipe tiny-stage1 --set model_config.gated_attention=false
+pretrain runs/tiny-stage2-ungated --recipe tiny-stage2 --set init_from=runs/tiny-stage1-ungated
 
 python scripts/tiny_card.py runs --output weights/genlip-tiny
