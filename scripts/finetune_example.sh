@@ -38,9 +38,9 @@ learn() {
 
 score before "$base"
 score before-4bit "$out/4bit"
-learn lora "$base" --learning-rate 1e-3
+learn lora "$base" --learning-rate 3e-3
 score lora "$base" --adapter-path "$out/runs/lora/adapters"
-learn lora-4bit "$out/4bit" --learning-rate 1e-3 --iters $((steps / 10)) --steps-per-eval $((steps / 10))
+learn lora-4bit "$out/4bit" --learning-rate 3e-3 --iters $((steps / 10)) --steps-per-eval $((steps / 10))
 score lora-4bit "$out/4bit" --adapter-path "$out/runs/lora-4bit/adapters"
 learn full "$base" --fine-tune-type full --learning-rate 1e-3
 score full "$out/runs/full"
