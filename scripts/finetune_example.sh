@@ -33,7 +33,7 @@ learn() {
     shift 2
     echo "== $name"
     genlip-mlx finetune --model "$model" --data "$out/tags" --iters "$steps" --batch-tokens 2048 \
-        --steps-per-eval 50 --val-batches 8 --run-dir "$out/runs/$name" "$@" | tee "$out/$name.txt"
+        --steps-per-eval 50 --val-batches 8 --run-dir "$out/runs/$name" "$@"
 }
 
 score before "$base"

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import cast
 
 from ..config import MODEL_TYPE, ConfigError, read_json
+from .adapters import CONFIG_FILE as ADAPTER_CONFIG
 from .errors import CheckpointError, HubError
 
 _REPO_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
@@ -32,7 +33,7 @@ def resolve(path_or_repo: str | Path, revision: str | None = None) -> Path:
         if revision is not None:
             raise CheckpointError(f"{path}: a local folder has no revision {revision!r}; leave it out")
         folder = best_checkpoint(path) or path
-        if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
+        if (folder / ADAPTER_CONFIG).is_file() and not (folder / "config.json").is_file():
             raise CheckpointError(
                 f"{path}: holds adapters and no model; fuse them with theirs, or give them as --adapter-path"
             )
