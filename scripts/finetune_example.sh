@@ -3,6 +3,8 @@
 # LoRA on 4 bits. Writes finetune-example/, with a table of what each knows before and after, its time and memory.
 # On 2 CPU cores this takes half an hour; ITERS=100 gives a first look. Products with 4-bit weights are slow on a
 # CPU, so LoRA on these gets a tenth of the steps.
+# The captions have words that the model was never shown. Of such words all rows of its head are about the same, and no
+# change inside the blocks tells one from another: so LoRA gets the head and the embeddings too.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
@@ -11,7 +13,8 @@ cd "$ROOT"
 PATH=$VENV/bin:$PATH
 
 base=weights/genlip-tiny
-steps=${ITERS:-300}
+steps=${ITERS:-600}
+layers='lora_parameters.keys=[self_attn.q_proj, self_attn.k_proj, self_attn.v_proj, self_attn.out_proj, mlp.fc1, mlp.gate_fc, mlp.fc2, embeddings, lm_head]'
 out=finetune-example
 rm -rf "$out"
 mkdir "$out"
@@ -38,11 +41,11 @@ learn() {
 
 score before "$base"
 score before-4bit "$out/4bit"
-learn lora "$base" --learning-rate 3e-3
+learn lora "$base" --learning-rate 1e-3 --set "$layers"
 score lora "$base" --adapter-path "$out/runs/lora/adapters"
-learn lora-4bit "$out/4bit" --learning-rate 3e-3 --iters $((steps / 10)) --steps-per-eval $((steps / 10))
+learn lora-4bit "$out/4bit" --learning-rate 1e-3 --set "$layers" --iters $((steps / 10)) --steps-per-eval $((steps / 10))
 score lora-4bit "$out/4bit" --adapter-path "$out/runs/lora-4bit/adapters"
-learn full "$base" --fine-tune-type full --learning-rate 1e-3
+learn full "$base" --fine-tune-type full --optimizer muon --learning-rate 2e-3
 score full "$out/runs/full"
 genlip-mlx fuse --model "$base" --adapter-path "$out/runs/lora/adapters" --mlx-path "$out/fused"
 

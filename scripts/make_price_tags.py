@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Draw price tags with captions: a kind of picture that genlip-tiny's training never showed.
 
-    python scripts/make_price_tags.py tags [--train 1500] [--validation 100] [--seed 0]
+    python scripts/make_price_tags.py tags [--train 3000] [--validation 100] [--seed 0]
 
 Writes tags/train and tags/validation, each a folder of pictures with metadata.jsonl. A tag is of coloured paper, hangs
 on a string, and shows a price of 1 to 9; some have a red band, which means a sale. The caption states all of it in one
@@ -75,7 +75,7 @@ def write_split(folder: Path, count: int, seed: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("output", type=Path, help="folder to make")
-    parser.add_argument("--train", type=int, default=1500, help="tags to learn from")
+    parser.add_argument("--train", type=int, default=3000, help="tags to learn from")
     parser.add_argument("--validation", type=int, default=100, help="tags to judge by")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

@@ -319,16 +319,15 @@ class Store:
         return pixels
 
     def moments(self, layer: str) -> tuple[np.ndarray, np.ndarray]:
-        """Mean and standard deviation of a layer's numbers over all patches, float32 [D]."""
-        total = squares = np.zeros(())
+        """Mean [D] and covariance [D, D] of a layer's numbers over all patches, float64."""
+        total = products = np.zeros(())
         for i in self._full:
             tokens = self._mapped("tokens", i)[self._layers.index(layer)]
             for start in range(0, len(tokens), 4096):
                 block = tokens[start : start + 4096].astype(np.float64)
-                total, squares = total + block.sum(0), squares + (block**2).sum(0)
+                total, products = total + block.sum(0), products + block.T @ block
         mean = total / self.lengths.sum()
-        spread = np.sqrt(np.maximum(squares / self.lengths.sum() - mean**2, 0))
-        return mean.astype(np.float32), spread.astype(np.float32)
+        return mean, products / self.lengths.sum() - np.outer(mean, mean)
 
     def num_classes(self) -> int:
         """One more than the highest class number in the masks."""

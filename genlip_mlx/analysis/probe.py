@@ -37,6 +37,7 @@ RESAMPLES = 1000  # of the bootstrap
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 
 Weights = dict[str, mx.array]
+Moments = tuple[np.ndarray, np.ndarray, int]  # mean [D] and covariance [D, D] of features, over how many pictures
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
 
@@ -177,14 +178,15 @@ def _mask_classes(stores: dict[str, Store]) -> int:
 class Task(ABC):
     """A probe on one split and layer; R learning rates at once, C outputs.
 
-    Inputs are standardised by the training split's mean and deviation, number by number, so that layers of any
-    scale suit the same learning rates.
+    Inputs are whitened by the training split's mean and covariance, so that layers of any scale suit the same learning
+    rates. Of a transformer's features a few directions have nearly all of the variance; an optimizer would spend its
+    steps on these, and not on what tells classes apart.
     """
 
-    def __init__(self, store: Store, layer: str, outputs: int, moments: tuple[np.ndarray, np.ndarray]) -> None:
+    def __init__(self, store: Store, layer: str, outputs: int, moments: Moments) -> None:
         self._store, self._layer, self.outputs = store, layer, outputs
-        mean, spread = moments
-        self._mean, self._scale = mean, 1 / np.maximum(spread, 1e-6 * max(float(spread.max()), 1e-6))
+        mean, covariance, pictures = moments
+        self._mean, self._whitening = mean.astype(np.float32), _whitening(covariance, pictures)
         self.width = len(mean)
 
     def __len__(self) -> int:
@@ -226,23 +228,33 @@ class Task(ABC):
             parts.append(self.judge(self.logits(weights, *self.inputs(rows)), rows))
         return np.concatenate(parts, axis=1)
 
-    def _standard(self, values: np.ndarray) -> np.ndarray:
-        standard: np.ndarray = (values.astype(np.float32) - self._mean) * self._scale
-        return standard
+    def _white(self, values: np.ndarray) -> np.ndarray:
+        white: np.ndarray = (values.astype(np.float32) - self._mean) @ self._whitening
+        return white
+
+
+def _whitening(covariance: np.ndarray, pictures: int) -> np.ndarray:
+    """W [D, D] such that x W has about unit variance in every direction: float32.
+
+    Directions with less of the variance than one picture's share stay small: so few pictures do not show them well,
+    and a probe would learn noise from them.
+    """
+    variances, directions = np.linalg.eigh(covariance)
+    share = max(float(variances.sum()) / pictures, 1e-12)  # zero if all features are constant
+    white: np.ndarray = directions / np.sqrt(np.maximum(variances, 0) + share)
+    return white.astype(np.float32)
 
 
 class LinearTask(Task):
     """Classify by a linear layer on pooled features."""
 
-    def __init__(
-        self, store: Store, labels: np.ndarray, layer: str, outputs: int, moments: tuple[np.ndarray, np.ndarray]
-    ) -> None:
+    def __init__(self, store: Store, labels: np.ndarray, layer: str, outputs: int, moments: Moments) -> None:
         super().__init__(store, layer, outputs, moments)
         self._labels = labels.astype(np.int32)
         self._pooled = store.pooled(layer)
 
     def inputs(self, rows: np.ndarray) -> tuple[mx.array, ...]:
-        return (mx.array(self._standard(self._pooled[rows])),)
+        return (mx.array(self._white(self._pooled[rows])),)
 
     def targets(self, rows: np.ndarray) -> mx.array:
         return mx.array(self._labels[rows])
@@ -272,7 +284,7 @@ class AttentiveTask(LinearTask):
         labels: np.ndarray,
         layer: str,
         outputs: int,
-        moments: tuple[np.ndarray, np.ndarray],
+        moments: Moments,
         num_heads: int,
     ) -> None:
         Task.__init__(self, store, layer, outputs, moments)
@@ -294,7 +306,7 @@ class AttentiveTask(LinearTask):
         longest = self._shared or -(-int(lengths.max()) // PADDING) * PADDING
         patches = np.zeros((len(rows), longest, self.width), np.float32)
         for out, row, length in zip(patches, rows, lengths):
-            out[:length] = self._standard(self._store.tokens(self._layer, int(row)))
+            out[:length] = self._white(self._store.tokens(self._layer, int(row)))
         absent = np.arange(longest) >= lengths[:, None]
         return mx.array(patches), mx.array(np.where(absent, np.float32(-np.inf), np.float32(0)))
 
@@ -316,7 +328,7 @@ class SegmentTask(Task):
 
     def inputs(self, rows: np.ndarray) -> tuple[mx.array, ...]:
         tokens = [self._store.tokens(self._layer, int(row)) for row in rows]
-        return (mx.array(self._standard(np.concatenate(tokens))),)
+        return (mx.array(self._white(np.concatenate(tokens))),)
 
     def _counts(self, rows: np.ndarray) -> np.ndarray:
         """Pixels of each class in each patch of some pictures, float32 [n, C]."""
@@ -364,9 +376,9 @@ def _tasks(
     train = stores["train"]
     if not segment and kind == "linear":
         pooled = train.pooled(layer)
-        moments = pooled.mean(axis=0), pooled.std(axis=0)
+        moments = pooled.mean(axis=0), np.cov(pooled, rowvar=False, bias=True), len(train)
         return {split: LinearTask(store, labels[split], layer, outputs, moments) for split, store in stores.items()}
-    moments = train.moments(layer)
+    moments = *train.moments(layer), len(train)
     if segment:
         return {split: SegmentTask(store, layer, outputs, moments) for split, store in stores.items()}
     return {
