@@ -67,7 +67,8 @@ def row(
         seconds = time.perf_counter() - started
         nbytes = disk_bytes(folder)
         if options.unpack:
-            dequantize(folder, folder := Path(temporary) / "unpacked", "float32")
+            packed, folder = folder, Path(temporary) / "unpacked"
+            dequantize(packed, folder, "float32")
         model, _ = genlip_mlx.load(folder)
     found = compare(model, full, processor, open_source(options.data), captions=options.captions)
     side = found.model

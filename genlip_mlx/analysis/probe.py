@@ -37,7 +37,7 @@ RESAMPLES = 1000  # of the bootstrap
 _BETAS, _EPS = (0.9, 0.999), 1e-8
 
 Weights = dict[str, mx.array]
-Moments = tuple[np.ndarray, np.ndarray, int]  # mean [D] and covariance [D, D] of features, over how many pictures
+Whitening = tuple[mx.array, mx.array]  # of features x: mean [D] and W [D, D] of (x - mean) W
 Progress = Callable[[str, int, int], None]  # what, done, of how many
 
 
@@ -183,11 +183,10 @@ class Task(ABC):
     steps on these, and not on what tells classes apart.
     """
 
-    def __init__(self, store: Store, layer: str, outputs: int, moments: Moments) -> None:
+    def __init__(self, store: Store, layer: str, outputs: int, whitening: Whitening) -> None:
         self._store, self._layer, self.outputs = store, layer, outputs
-        mean, covariance, pictures = moments
-        self._mean, self._whitening = mean.astype(np.float32), _whitening(covariance, pictures)
-        self.width = len(mean)
+        self._mean, self._matrix = whitening
+        self.width = len(self._mean)
 
     def __len__(self) -> int:
         return len(self._store)
@@ -228,33 +227,32 @@ class Task(ABC):
             parts.append(self.judge(self.logits(weights, *self.inputs(rows)), rows))
         return np.concatenate(parts, axis=1)
 
-    def _white(self, values: np.ndarray) -> np.ndarray:
-        white: np.ndarray = (values.astype(np.float32) - self._mean) @ self._whitening
-        return white
+    def _white(self, values: np.ndarray) -> mx.array:
+        return (mx.array(values.astype(np.float32)) - self._mean) @ self._matrix
 
 
-def _whitening(covariance: np.ndarray, pictures: int) -> np.ndarray:
-    """W [D, D] such that x W has about unit variance in every direction: float32.
+def _whitening(mean: np.ndarray, covariance: np.ndarray, pictures: int) -> Whitening:
+    """What gives features about unit variance in every direction, float32.
 
     Directions with less of the variance than one picture's share stay small: so few pictures do not show them well,
     and a probe would learn noise from them.
     """
     variances, directions = np.linalg.eigh(covariance)
     share = max(float(variances.sum()) / pictures, 1e-12)  # zero if all features are constant
-    white: np.ndarray = directions / np.sqrt(np.maximum(variances, 0) + share)
-    return white.astype(np.float32)
+    matrix = directions / np.sqrt(np.maximum(variances, 0) + share)
+    return mx.array(mean.astype(np.float32)), mx.array(matrix.astype(np.float32))
 
 
 class LinearTask(Task):
     """Classify by a linear layer on pooled features."""
 
-    def __init__(self, store: Store, labels: np.ndarray, layer: str, outputs: int, moments: Moments) -> None:
-        super().__init__(store, layer, outputs, moments)
+    def __init__(self, store: Store, labels: np.ndarray, layer: str, outputs: int, whitening: Whitening) -> None:
+        super().__init__(store, layer, outputs, whitening)
         self._labels = labels.astype(np.int32)
         self._pooled = store.pooled(layer)
 
     def inputs(self, rows: np.ndarray) -> tuple[mx.array, ...]:
-        return (mx.array(self._white(self._pooled[rows])),)
+        return (self._white(self._pooled[rows]),)
 
     def targets(self, rows: np.ndarray) -> mx.array:
         return mx.array(self._labels[rows])
@@ -284,10 +282,10 @@ class AttentiveTask(LinearTask):
         labels: np.ndarray,
         layer: str,
         outputs: int,
-        moments: Moments,
+        whitening: Whitening,
         num_heads: int,
     ) -> None:
-        Task.__init__(self, store, layer, outputs, moments)
+        Task.__init__(self, store, layer, outputs, whitening)
         self._labels, self._heads = labels.astype(np.int32), num_heads
         self._shared = int(store.lengths.max()) if len(set(store.lengths.tolist())) == 1 else None
 
@@ -306,9 +304,9 @@ class AttentiveTask(LinearTask):
         longest = self._shared or -(-int(lengths.max()) // PADDING) * PADDING
         patches = np.zeros((len(rows), longest, self.width), np.float32)
         for out, row, length in zip(patches, rows, lengths):
-            out[:length] = self._white(self._store.tokens(self._layer, int(row)))
+            out[:length] = self._store.tokens(self._layer, int(row))
         absent = np.arange(longest) >= lengths[:, None]
-        return mx.array(patches), mx.array(np.where(absent, np.float32(-np.inf), np.float32(0)))
+        return self._white(patches), mx.array(np.where(absent, np.float32(-np.inf), np.float32(0)))
 
     def logits(self, weights: Weights, *inputs: mx.array) -> mx.array:
         patches, mask = inputs  # [B, P, D], [B, P]
@@ -328,7 +326,7 @@ class SegmentTask(Task):
 
     def inputs(self, rows: np.ndarray) -> tuple[mx.array, ...]:
         tokens = [self._store.tokens(self._layer, int(row)) for row in rows]
-        return (mx.array(self._white(np.concatenate(tokens))),)
+        return (self._white(np.concatenate(tokens)),)
 
     def _counts(self, rows: np.ndarray) -> np.ndarray:
         """Pixels of each class in each patch of some pictures, float32 [n, C]."""
@@ -376,13 +374,13 @@ def _tasks(
     train = stores["train"]
     if not segment and kind == "linear":
         pooled = train.pooled(layer)
-        moments = pooled.mean(axis=0), np.cov(pooled, rowvar=False, bias=True), len(train)
-        return {split: LinearTask(store, labels[split], layer, outputs, moments) for split, store in stores.items()}
-    moments = *train.moments(layer), len(train)
+        whitening = _whitening(pooled.mean(axis=0), np.cov(pooled, rowvar=False, bias=True), len(train))
+        return {split: LinearTask(store, labels[split], layer, outputs, whitening) for split, store in stores.items()}
+    whitening = _whitening(*train.moments(layer), len(train))
     if segment:
-        return {split: SegmentTask(store, layer, outputs, moments) for split, store in stores.items()}
+        return {split: SegmentTask(store, layer, outputs, whitening) for split, store in stores.items()}
     return {
-        split: AttentiveTask(store, labels[split], layer, outputs, moments, num_heads)
+        split: AttentiveTask(store, labels[split], layer, outputs, whitening, num_heads)
         for split, store in stores.items()
     }
 
