@@ -38,7 +38,8 @@ def synth(
     kinds: Annotated[
         str,
         typer.Option(
-            help="Only these, with commas: shapes, words, receipts, banners, bars, lines.", show_default="all"
+            help="Only these, with commas: shapes, words, receipts, banners, bars, lines, cards.",
+            show_default="all but cards",
         ),
     ] = "",
     workers: Annotated[
@@ -56,10 +57,10 @@ def synth(
 
         genlip-mlx synth --output scenes/read --split test --size 500 --kinds words,banners
     """
-    from ..data.synthetic import KINDS, Scenes
+    from ..data.synthetic import SCENES, Scenes
     from ..data.writers import write
 
-    chosen = [kind.strip() for kind in kinds.split(",")] if kinds else KINDS
+    chosen = [kind.strip() for kind in kinds.split(",")] if kinds else SCENES
     scenes = Scenes(split.value, seed, size, chosen)
     with progress("drawing", "scenes") as advance:
         write(scenes, output, format.value, encoding.value, workers, advance)

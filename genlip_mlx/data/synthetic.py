@@ -7,7 +7,7 @@ a long caption and with the facts that `genlip_mlx.data.scoring` holds a generat
 Facts, colours, texts and captions are the same everywhere; pixels are the same wherever Pillow and its FreeType are.
 
 >>> scene = Scenes("test", size=3)[0]
->>> scene.kind in KINDS, scene.layout in LAYOUTS, scene.image.mode
+>>> scene.kind in SCENES, scene.layout in LAYOUTS, scene.image.mode
 (True, True, 'RGB')
 """
 
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
+from .scenes.cards import cards
 from .scenes.charts import bars, lines
 from .scenes.dice import Dice
 from .scenes.drawing import Drawn
@@ -28,15 +29,19 @@ from .scenes.vocabulary import Fact
 
 SPLITS = ("train", "validation", "test")
 LAYOUTS = ("square", "tall", "wide")
-_RENDERERS: dict[str, tuple[Callable[[Dice], Drawn], float]] = {  # with its share of a mixture of all
+_RENDERERS: dict[str, tuple[Callable[[Dice], Drawn], float]] = {  # with its weight in a mixture
     "shapes": (shapes, 0.50),
     "words": (words, 0.20),
     "receipts": (receipts, 0.07),
     "banners": (banners, 0.11),
     "bars": (bars, 0.06),
     "lines": (lines, 0.06),
+    "cards": (cards, 3.00),
 }
 KINDS = tuple(_RENDERERS)
+SCENES = tuple(
+    kind for kind in KINDS if kind != "cards"
+)  # what a model is to describe in the end; cards are there to learn from
 
 
 class SceneError(ValueError):
@@ -48,8 +53,9 @@ class Scene:
     """One picture and the truth about it.
 
     Attributes:
-        image: RGB, sides a multiple of 16 pixels, 64 to 304 patches of 16 x 16.
-        caption: what is there, 25 to 70 words; everything printed stands in double quotes, in reading order.
+        image: RGB, sides a multiple of 16 pixels, 64 to 304 patches of 16 x 16; a card has 16 to 64.
+        caption: what is there, 25 to 70 words, of a card 3 to 20; everything printed stands in double quotes, in
+            reading order.
         kind: one of KINDS.
         layout: "tall" or "wide" if one side is over 1.6 times the other, else "square".
         facts: JSON objects, in reading order:
@@ -72,13 +78,13 @@ class Scenes:
         split: "train", "validation" or "test"; no scene of one is a scene of another, whatever their sizes.
         seed: another seed gives another world of scenes.
         size: how many there are; the first n are the same for every size.
-        kinds: only these kinds, in their usual proportions.
+        kinds: only these kinds, in their usual proportions: all scenes, or flash cards too, three to a scene.
 
     Raises:
         SceneError: if the split, a kind or the size is not possible.
     """
 
-    def __init__(self, split: str, seed: int = 0, size: int = 1000, kinds: Sequence[str] = KINDS) -> None:
+    def __init__(self, split: str, seed: int = 0, size: int = 1000, kinds: Sequence[str] = SCENES) -> None:
         if split not in SPLITS:
             raise SceneError(f"unknown split {split!r}; known: {', '.join(SPLITS)}")
         unknown = [kind for kind in kinds if kind not in _RENDERERS]

@@ -23,7 +23,7 @@ from genlip_mlx.data import writers
 from genlip_mlx.data.scenes.dice import Dice
 from genlip_mlx.data.scenes.vocabulary import COLOURS
 from genlip_mlx.data.scoring import edit_distance, read_groups, read_texts, read_values, score, summary
-from genlip_mlx.data.synthetic import KINDS, LAYOUTS, SPLITS, Scene, SceneError, Scenes
+from genlip_mlx.data.synthetic import KINDS, LAYOUTS, SCENES, SPLITS, Scene, SceneError, Scenes
 from genlip_mlx.data.writers import write
 
 # What scenes 0 to 99 of seed 0 say. It changes only when their world is meant to change, and with it
@@ -82,7 +82,7 @@ def test_what_does_not_exist_is_named(arguments: dict, message: str) -> None:
 
 
 def test_every_kind_and_layout_occurs(scenes: list[Scene]) -> None:
-    assert {scene.kind for scene in scenes} == set(KINDS)
+    assert {scene.kind for scene in scenes} == set(SCENES)
     assert {scene.layout for scene in scenes} == set(LAYOUTS)
     assert {scene.kind for scene in Scenes("train", size=40, kinds=["lines", "words"])} == {"lines", "words"}
     assert all(scene.layout == "tall" for scene in scenes if scene.kind == "receipts")
@@ -95,6 +95,17 @@ def test_pictures_are_whole_patches_and_of_a_modest_size(scenes: list[Scene]) ->
         assert scene.image.mode == "RGB"
         assert width % 16 == height % 16 == 0
         assert 64 <= width * height // 256 <= 320
+
+
+def test_cards_are_small_and_short_and_come_only_when_asked_for() -> None:
+    for card in Scenes("train", size=200, kinds=["cards"]):
+        width, height = card.image.size
+        assert card.kind == "cards"
+        assert width % 16 == height % 16 == 0
+        assert 16 <= width * height // 256 <= 64
+        assert len(card.caption.split()) <= 20
+    mixed = [scene.kind for scene in Scenes("train", size=200, kinds=KINDS)]
+    assert 120 <= mixed.count("cards") <= 180  # three to a scene
 
 
 def test_captions_are_long_and_varied(scenes: list[Scene]) -> None:
@@ -113,7 +124,7 @@ def test_articles_agree(scenes: list[Scene]) -> None:
 
 
 def test_the_true_caption_scores_perfectly(scenes: list[Scene]) -> None:
-    for scene in chain(scenes, Scenes("train", seed=11, size=200)):
+    for scene in chain(scenes, Scenes("train", seed=11, size=200, kinds=KINDS)):
         result = score(scene.facts, scene.caption)
         groups = sum(fact["type"] == "group" for fact in scene.facts)
         assert result["shapes"] == result["colours"] == result["counts"] == result["places"] == groups, scene.caption

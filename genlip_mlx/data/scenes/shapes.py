@@ -40,10 +40,18 @@ def shapes(dice: Dice) -> Drawn:
     else:
         sides = [PATCH * dice.between(6 + total // 4, 9), PATCH * dice.between(15, 22)]
         width, height = sides if layout == "tall" else sides[::-1]
+    image, facts, sizes, ground = scattered(dice, (width, height), total, number, layout)
+    return grain(image, dice), _shapes_caption(dice, facts, sizes, ground, layout), facts
+
+
+def scattered(
+    dice: Dice, size: tuple[int, int], total: int, number: int, layout: str
+) -> tuple[Image.Image, list[Fact], list[str], str]:
+    """`total` shapes in `number` groups: the picture, the groups, a word for the size of each, the background."""
     regions = _places(dice, number, total, layout)
     ground = dice.pick(list(BACKGROUNDS))
     colour = shade(BACKGROUNDS[ground], dice, 5)
-    image = canvas((width, height), colour, dice)
+    image = canvas(size, colour, dice)
 
     cuts = sorted(dice.sample(range(1, total), number - 1))
     counts = [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
@@ -53,7 +61,7 @@ def shapes(dice: Dice) -> Drawn:
     for (shape, name), count, (place, box) in zip(dice.sample(pairs, number), counts, regions, strict=True):
         sizes.append(_scatter(dice, image, shape, shade(COLOURS[name], dice, 12), count, box))
         facts.append({"type": "group", "shape": shape, "colour": name, "count": count, "place": place})
-    return grain(image, dice), _shapes_caption(dice, facts, sizes, ground, layout), facts
+    return image, facts, sizes, ground
 
 
 def _places(dice: Dice, number: int, total: int, layout: str) -> list[tuple[str, Box]]:

@@ -40,7 +40,7 @@ from .vocabulary import (
 )
 from .wording import compose, group_clause, quoted
 
-_INKS = ("white", "black", "yellow", "blue", "red")
+INKS = ("white", "black", "yellow", "blue", "red")
 _LARGEST = 56  # pixels an em, on a sign
 
 
@@ -69,7 +69,7 @@ def words(dice: Dice) -> Drawn:
         thing=dice.pick(("sign", "plate", "label", "poster") if framed else ("wall", "page")),
         wall=wall,
         panel=panel if framed else None,
-        ink=ink if framed else dice.pick(readable(named(wall), (*_INKS, "green"))),
+        ink=ink if framed else dice.pick(readable(named(wall), (*INKS, "green"))),
         lines=_sign_lines(dice),
         bold=dice.chance(0.4),
         border=framed and dice.chance(0.5),
@@ -166,7 +166,7 @@ def _colours(dice: Dice) -> tuple[str, str, str]:
     """Names of wall, panel and ink, each to be told from the one before."""
     wall = dice.pick(list(BACKGROUNDS))
     panel = dice.pick(visible(named(wall), (*COLOURS, "white"), 150))
-    return wall, panel, dice.pick(readable(named(panel), _INKS))
+    return wall, panel, dice.pick(readable(named(panel), INKS))
 
 
 def _reading(dice: Dice, thing: str, lines: list[str]) -> str:
@@ -239,7 +239,7 @@ def banners(dice: Dice) -> Drawn:
     ground = dice.pick([*COLOURS, "white", "light grey", "light yellow", "dark blue"])
     colour = shade(named(ground), dice, 8)
     image = canvas(image_size, colour, dice)
-    ink_name = dice.pick(readable(colour, _INKS))
+    ink_name = dice.pick(readable(colour, INKS))
     ink = shade(named(ink_name), dice, 10)
     facts: list[Fact] = []
     left, right = 12.0, image.width - 12.0
