@@ -39,9 +39,7 @@ _RENDERERS: dict[str, tuple[Callable[[Dice], Drawn], float]] = {  # with its wei
     "cards": (cards, 3.00),
 }
 KINDS = tuple(_RENDERERS)
-SCENES = tuple(
-    kind for kind in KINDS if kind != "cards"
-)  # what a model is to describe in the end; cards are there to learn from
+SCENES = tuple(kind for kind in KINDS if kind != "cards")  # a model is to describe these; cards are to learn from
 
 
 class SceneError(ValueError):
@@ -53,7 +51,7 @@ class Scene:
     """One picture and the truth about it.
 
     Attributes:
-        image: RGB, sides a multiple of 16 pixels, 64 to 304 patches of 16 x 16; a card has 16 to 64.
+        image: RGB, sides a multiple of 16 pixels, 64 to 304 patches of 16 x 16; a card has 16 to 88.
         caption: what is there, 25 to 70 words, of a card 3 to 20; everything printed stands in double quotes, in
             reading order.
         kind: one of KINDS.

@@ -6,12 +6,23 @@ stand where a patch begins, and half are black on white: what a model reads firs
 
 from __future__ import annotations
 
-from functools import partial
-
 from PIL import Image
 
 from .dice import Dice
-from .drawing import PATCH, Drawn, canvas, grain, named, put_shape, put_text, readable, shade, text_width, visible
+from .drawing import (
+    PATCH,
+    Drawn,
+    canvas,
+    fitting,
+    grain,
+    named,
+    put_shape,
+    put_text,
+    readable,
+    shade,
+    text_width,
+    visible,
+)
 from .shapes import scattered
 from .signs import INKS
 from .vocabulary import (
@@ -39,40 +50,46 @@ _NOUNS = (WORDS, WORDS, WORDS, ITEMS, NUMBERED, TITLES, _LABELS, SHOPS, SHOP_KIN
 
 
 def cards(dice: Dice) -> Drawn:
-    """A few words or a number to read, or one or two groups of shapes, on 16 to 40 patches."""
+    """A few words or a number to read, or one or two groups of shapes, on 16 to 88 patches, mostly under 40."""
     return _to_name(dice) if dice.chance(0.4) else _to_read(dice)
 
 
 def _to_name(dice: Dice) -> Drawn:
-    if dice.chance(0.4):
-        return _one_thing(dice)
-    total = dice.between(1, 6)
-    number = min(total, dice.weighted(((1, 0.6), (2, 0.4))))
-    size = PATCH * dice.between(4, 6), PATCH * dice.between(4, 6)
-    image, facts, _, ground = scattered(dice, size, total, number, "square")
+    plain = dice.chance(0.4)
+    image, facts, ground = _one_thing(dice) if plain else _groups(dice)
     clauses = [f"{group_name(fact)} {dice.pick(PLACES[fact['place']])}" for fact in facts]
-    return grain(image, dice), sentence(f"{', and '.join(clauses)}, on {ground}."), facts
+    caption = sentence(f"{', and '.join(clauses)}, on {ground}.")
+    return image if plain else grain(image, dice), caption, facts
 
 
-def _one_thing(dice: Dice) -> Drawn:
+def _one_thing(dice: Dice) -> tuple[Image.Image, list[Fact], str]:
     """The plainest: one shape as large as its card."""
     ground, side = dice.pick(PALE), 4 * PATCH
     image = Image.new("RGB", (side, side), named(ground))
     shape, name = dice.pick(list(SHAPES)), dice.pick(visible(named(ground), COLOURS))
     put_shape(image, shape, (side / 2, side / 2), side - 8, shade(COLOURS[name], dice, 12))
-    fact = {"type": "group", "shape": shape, "colour": name, "count": 1, "place": "centre"}
-    return image, sentence(f"{group_name(fact)} {dice.pick(PLACES['centre'])}, on {ground}."), [fact]
+    return image, [{"type": "group", "shape": shape, "colour": name, "count": 1, "place": "centre"}], ground
+
+
+def _groups(dice: Dice) -> tuple[Image.Image, list[Fact], str]:
+    total = dice.between(1, 6)
+    number = min(total, dice.weighted(((1, 0.6), (2, 0.4))))
+    size = PATCH * dice.between(4, 6), PATCH * dice.between(4, 6)
+    image, facts, _, ground = scattered(dice, size, total, number, "square")
+    return image, facts, ground
 
 
 def _to_read(dice: Dice) -> Drawn:
-    black_on_white = dice.chance(0.5)
-    ground = "white" if black_on_white else dice.pick([*BACKGROUNDS, *COLOURS])
-    colour = named(ground) if black_on_white else shade(named(ground), dice, 8)
-    ink = "black" if black_on_white else dice.pick(readable(colour, INKS))
-    paint = named(ink) if black_on_white else shade(named(ink), dice, 12)
+    if dice.chance(0.5):
+        ground, ink = "white", "black"
+        paper, paint = named(ground), named(ink)
+    else:
+        ground = dice.pick([*BACKGROUNDS, *COLOURS])
+        paper = shade(named(ground), dice, 8)
+        ink = dice.pick(readable(paper, INKS))
+        paint = shade(named(ink), dice, 12)
     lines = _lines(dice)
-    draw = _at_the_corner if dice.chance(0.5) else partial(_anywhere, dice)
-    image = draw(lines, colour, paint)
+    image = _at_the_corner(lines, paper, paint) if dice.chance(0.5) else _anywhere(dice, lines, paper, paint)
     facts: list[Fact] = [{"type": "text", "text": line} for line in lines]
     text = quoted(" ".join(lines))
     caption = dice.pick((f"It says {text}.", f"{text} in {ink} on {ground}.", f"{sentence(ink)} letters say {text}."))
@@ -91,8 +108,7 @@ def _at_the_corner(lines: list[str], ground: Colour, ink: Colour) -> Image.Image
 
 def _anywhere(dice: Dice, lines: list[str], ground: Colour, ink: Colour) -> Image.Image:
     em, bold = dice.weighted(((dice.between(15, 20), 0.7), (dice.between(21, 30), 0.3))), dice.chance(0.3)
-    while max(text_width(line, em) for line in lines) > 9 * PATCH:
-        em -= 1
+    em = fitting(lines, 9 * PATCH, 9 * PATCH, em)
     widest = max(text_width(line, em) for line in lines)
     pitch = em * dice.uniform(1.25, 1.8)
     rows = max(2, -(-int(len(lines) * pitch) // PATCH) + dice.between(0, 1))
