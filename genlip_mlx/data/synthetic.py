@@ -27,6 +27,7 @@ from .scenes.shapes import shapes
 from .scenes.signs import banners, words
 from .scenes.vocabulary import Fact
 
+COURSE = (20000, 80000)  # flash cards of the training split: level 0 up to the first number, 1 from the second on
 SPLITS = ("train", "validation", "test")
 LAYOUTS = ("square", "tall", "wide")
 _RENDERERS: dict[str, tuple[Callable[[Dice], Drawn], float]] = {  # with its weight in a mixture
@@ -51,12 +52,12 @@ class Scene:
     """One picture and the truth about it.
 
     Attributes:
-        image: RGB, sides a multiple of 16 pixels, 64 to 304 patches of 16 x 16; a card has 16 to 88.
-        caption: what is there, 25 to 70 words, of a card 3 to 20; everything printed stands in double quotes, in
+        image: RGB, sides a multiple of 16 pixels, 64 to 304 patches of 16 x 16; a card has 16 to 100.
+        caption: what is there, 25 to 70 words, of a card 3 to 60; everything printed stands in double quotes, in
             reading order.
         kind: one of KINDS.
         layout: "tall" or "wide" if one side is over 1.6 times the other, else "square".
-        facts: JSON objects, in reading order:
+        facts: JSON objects, in reading order (none for a card with a shape in each cell):
             {"type": "group", "shape", "colour", "count", "place"}: `count` equal shapes in one place,
             {"type": "text", "text"}: a printed line (or several, read together),
             {"type": "value", "label", "value"}: the number (a float) printed with a label.
@@ -99,6 +100,13 @@ class Scenes:
     def __iter__(self) -> Iterator[Scene]:
         return (self[index] for index in range(self.size))
 
+    def _level(self, index: int) -> float:
+        """How hard a card of this number may be: the training split's cards in their order are a course."""
+        if self.split != "train":
+            return 1.0
+        first, last = COURSE
+        return min(1.0, max(0.0, (index - first) / (last - first)))
+
     def __getitem__(self, index: int) -> Scene:
         """Draw a scene, about 4 ms.
 
@@ -107,7 +115,8 @@ class Scenes:
         """
         if not -self.size <= index < self.size:
             raise IndexError(f"scene {index} of {self.size}")
-        dice = Dice(self.seed, SPLITS.index(self.split), index % self.size)
+        index %= self.size
+        dice = Dice(self.seed, SPLITS.index(self.split), index, self._level(index))
         kind = dice.weighted([(kind, _RENDERERS[kind][1]) for kind in self.kinds])
         image, caption, facts = _RENDERERS[kind][0](dice)
         ratio = image.width / image.height

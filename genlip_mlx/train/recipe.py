@@ -49,6 +49,7 @@ class Recipe:
     image_column: str | None = None  # fields of a record, where they have other than the usual names
     caption_column: str | None = None
     prompt_column: str | None = None
+    shuffle: bool = True  # False takes the records in their own order: data that is a course
     valid_data: str | None = None  # held-out data
     valid_share: float = 0.0  # without valid_data: share of the records of `data` that are held out
     valid_batches: int = 25  # packs of it that are used

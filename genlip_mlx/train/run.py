@@ -124,6 +124,7 @@ class Run:
             max_sample_len=recipe.max_sample_len,
             rank=self.group.rank(),
             world=self.group.size(),
+            shuffle=recipe.shuffle,
             start=data_state,
             log=log,
         )

@@ -23,7 +23,7 @@ from genlip_mlx.data import writers
 from genlip_mlx.data.scenes.dice import Dice
 from genlip_mlx.data.scenes.vocabulary import COLOURS
 from genlip_mlx.data.scoring import edit_distance, read_groups, read_texts, read_values, score, summary
-from genlip_mlx.data.synthetic import KINDS, LAYOUTS, SCENES, SPLITS, Scene, SceneError, Scenes
+from genlip_mlx.data.synthetic import COURSE, KINDS, LAYOUTS, SCENES, SPLITS, Scene, SceneError, Scenes
 from genlip_mlx.data.writers import write
 
 # What scenes 0 to 99 of seed 0 say. It changes only when their world is meant to change, and with it
@@ -102,10 +102,23 @@ def test_cards_are_small_and_short_and_come_only_when_asked_for() -> None:
         width, height = card.image.size
         assert card.kind == "cards"
         assert width % 16 == height % 16 == 0
-        assert 16 <= width * height // 256 <= 64
-        assert len(card.caption.split()) <= 20
+        assert 16 <= width * height // 256 <= 100
+        assert len(card.caption.split()) <= 60
     mixed = [scene.kind for scene in Scenes("train", size=200, kinds=KINDS)]
     assert 120 <= mixed.count("cards") <= 180  # three to a scene
+
+
+def test_cards_are_a_course() -> None:
+    course = Scenes("train", size=COURSE[1] + 100, kinds=["cards"])
+    first = [course[index] for index in range(100)]
+    assert {card.image.size for card in first} == {(64, 64)}
+    assert all(card.caption.endswith(", on white.") or card.caption.startswith("Black on white:") for card in first)
+    assert all((np.asarray(card.image)[0, 0] == 250).all() for card in first if card.facts)
+    last = [course[COURSE[1] + index] for index in range(100)]
+    assert len({card.image.size for card in last}) > 20
+    assert sum("on white" in card.caption for card in last) < 60
+    later = Scenes("validation", size=100, kinds=["cards"])
+    assert len({card.image.size for card in later}) > 20  # other splits ask for all of it from the start
 
 
 def test_captions_are_long_and_varied(scenes: list[Scene]) -> None:

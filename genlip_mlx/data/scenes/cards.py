@@ -1,7 +1,9 @@
-"""Flash cards: one thing to name or to read, in few patches and few words.
+"""Flash cards: as many words to read or shapes to name as a small picture holds, and nothing else to say.
 
-A card costs a sixth of a scene's tokens, so a training step holds six times as many words and shapes. Half of the words
-stand where a patch begins, and half are black on white: what a model reads first, and where it learns the letters.
+What a training step teaches is what it names: a scene spends hundreds of tokens on a handful of words and shapes, and a
+card some dozens. And they make a course, from what a model learns in minutes to what scenes hold. The first cards are
+four patches square, black on white, with a word a row or a shape a cell: everything begins where a patch does, and
+where to look next is plain. Size, place, colour, font and noise then vary more and more.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from .drawing import (
     readable,
     shade,
     text_width,
+    turn,
     visible,
 )
 from .shapes import scattered
@@ -45,99 +48,134 @@ from .vocabulary import (
 )
 from .wording import group_name, quoted
 
+_MARGIN = 2
 _LABELS = tuple(label for labels, _ in LABELS for label in labels)
 _NOUNS = (WORDS, WORDS, WORDS, ITEMS, NUMBERED, TITLES, _LABELS, SHOPS, SHOP_KINDS)
 
 
 def cards(dice: Dice) -> Drawn:
-    """A few words or a number to read, or one or two groups of shapes, on 16 to 88 patches, mostly under 40."""
-    return _to_name(dice) if dice.chance(0.4) else _to_read(dice)
+    """Lines of words and numbers to read, or shapes to name; a later level has easier cards among its own."""
+    hard = dice.level * dice.uniform(0, 1) ** 0.5
+    if dice.chance(0.6):
+        return _page(dice, hard)
+    return _groups(dice, hard) if dice.chance(0.6 * hard) else _board(dice, hard)
 
 
-def _to_name(dice: Dice) -> Drawn:
-    plain = dice.chance(0.4)
-    image, facts, ground = _one_thing(dice) if plain else _groups(dice)
-    clauses = [f"{group_name(fact)} {dice.pick(PLACES[fact['place']])}" for fact in facts]
-    caption = sentence(f"{', and '.join(clauses)}, on {ground}.")
-    return image if plain else grain(image, dice), caption, facts
-
-
-def _one_thing(dice: Dice) -> tuple[Image.Image, list[Fact], str]:
-    """The plainest: one shape as large as its card."""
-    ground, side = dice.pick(PALE), 4 * PATCH
-    image = Image.new("RGB", (side, side), named(ground))
-    shape, name = dice.pick(list(SHAPES)), dice.pick(visible(named(ground), COLOURS))
-    put_shape(image, shape, (side / 2, side / 2), side - 8, shade(COLOURS[name], dice, 12))
-    return image, [{"type": "group", "shape": shape, "colour": name, "count": 1, "place": "centre"}], ground
-
-
-def _groups(dice: Dice) -> tuple[Image.Image, list[Fact], str]:
+def _groups(dice: Dice, hard: float) -> Drawn:
+    """Groups of shapes in their places, as in a scene."""
     total = dice.between(1, 6)
-    number = min(total, dice.weighted(((1, 0.6), (2, 0.4))))
-    size = PATCH * dice.between(4, 6), PATCH * dice.between(4, 6)
-    image, facts, _, ground = scattered(dice, size, total, number, "square")
-    return image, facts, ground
+    number = min(total, dice.weighted(((1, 0.3), (2, 0.4), (3, 0.2), (4, 0.1))))
+    width, height = (PATCH * dice.between(4, 5 + round(4 * hard)) for _ in range(2))
+    image, facts, _, ground = scattered(dice, (width, height), total, number, "square")
+    clauses = [f"{group_name(fact)} {dice.pick(PLACES[fact['place']])}" for fact in facts]
+    return grain(image, dice), sentence(f"{', and '.join(clauses)}, on {ground}."), facts
 
 
-def _to_read(dice: Dice) -> Drawn:
-    if dice.chance(0.5):
-        ground, ink = "white", "black"
-        paper, paint = named(ground), named(ink)
-    else:
-        ground = dice.pick([*BACKGROUNDS, *COLOURS])
-        paper = shade(named(ground), dice, 8)
-        ink = dice.pick(readable(paper, INKS))
-        paint = shade(named(ink), dice, 12)
-    lines = _lines(dice)
-    image = _at_the_corner(lines, paper, paint) if dice.chance(0.5) else _anywhere(dice, lines, paper, paint)
-    facts: list[Fact] = [{"type": "text", "text": line} for line in lines]
-    text = quoted(" ".join(lines))
-    caption = dice.pick((f"It says {text}.", f"{text} in {ink} on {ground}.", f"{sentence(ink)} letters say {text}."))
-    return image, caption, facts
+def _board(dice: Dice, hard: float) -> Drawn:
+    """A shape in each cell, named row by row. No facts: they are of groups, each in a place that has a name."""
+    side = dice.pick((2, 4)) if dice.chance(1 - hard) else dice.pick((2, 3, 5))  # patches of a cell
+    most = max(1, round((4 + 4 * hard) / side))
+    columns, rows = (dice.between(most if side * most <= 4 else 1, most) for _ in range(2))
+    while columns * rows * side**2 < 16:
+        columns, rows = columns + 1, rows + (columns > rows)
+    paper, ground = _ground(dice, hard, PALE if hard < 0.3 else tuple(BACKGROUNDS))
+    cell, size = PATCH * side, (PATCH * side * columns, PATCH * side * rows)
+    image, colours = _sheet(dice, hard, size, paper), visible(paper, COLOURS)
+    names = []
+    for place in range(columns * rows):
+        shape, name = dice.pick(list(SHAPES)), dice.pick(colours)
+        diameter = int(cell * (0.9 - 0.4 * hard * dice.uniform(0, 1)))
+        free = hard * (cell - diameter) / 2
+        x = (place % columns + 0.5) * cell + free * dice.uniform(-1, 1)
+        y = (place // columns + 0.5) * cell + free * dice.uniform(-1, 1)
+        put_shape(image, shape, (x, y), diameter, shade(COLOURS[name], dice, 12), hard * dice.uniform(-9, 9))
+        names.append(f"{name} {shape}")
+    told = [", ".join(names[start : start + columns]) for start in range(0, len(names), columns)]
+    return _finish(dice, hard, image), sentence(f"{'; '.join(told)}, on {ground}."), []
 
 
-def _at_the_corner(lines: list[str], ground: Colour, ink: Colour) -> Image.Image:
-    """Lines of one size that begin where a patch does: the same word is the same patches."""
-    rows = 2 * len(lines)
-    columns = max(int(max(text_width(line, PATCH) for line in lines) + 6) // PATCH + 1, 16 // rows)
-    image = Image.new("RGB", (PATCH * columns, PATCH * rows), ground)
-    for k, line in enumerate(lines):
-        put_text(image, line, (4, PATCH * (2 * k + 1)), PATCH, ink, "lm")
-    return image
+def _page(dice: Dice, hard: float) -> Drawn:
+    """Lines of one size and colour; or rows with a number at their right end, as on a receipt."""
+    em = PATCH
+    if dice.chance(hard):
+        em = dice.weighted(((dice.between(15, 20), 0.6), (dice.between(21, 30), 0.25), (dice.between(31, 48), 0.15)))
+    columns = dice.between(4, 4 + round(7 * hard))
+    rows = dice.between(-(-max(16, 2 * columns) // columns), 4 + round(4 * hard)) if dice.chance(hard) else 4
+    size = PATCH * columns, PATCH * rows
+    paper, ground = _ground(dice, hard, (*BACKGROUNDS, *COLOURS))
+    inks = readable(paper, INKS)
+    ink = dice.pick(inks) if dice.chance(hard) or "black" not in inks else "black"
+    paint = shade(named(ink), dice, round(12 * hard))
 
-
-def _anywhere(dice: Dice, lines: list[str], ground: Colour, ink: Colour) -> Image.Image:
-    em, bold = dice.weighted(((dice.between(15, 20), 0.7), (dice.between(21, 30), 0.3))), dice.chance(0.3)
-    em = fitting(lines, 9 * PATCH, 9 * PATCH, em)
+    room, height = size[0] - 2 * _MARGIN, size[1]
+    priced = em <= 18 and columns > 6 and dice.chance(0.5)
+    pitch = em * (1 + (1.4 if priced else 0.8) * hard * dice.uniform(0, 1))
+    most = max(1, int(height / pitch))
+    longest = 8 if dice.chance(hard) else 1  # words a line
+    upper, lines = dice.chance(0.5), []
+    for _ in range(max(dice.between(1, most), dice.between(1, most))):
+        if priced:
+            lines.append(f"{dice.pick(dice.pick((ITEMS, _LABELS)))} {_number(dice)}")
+        else:
+            lines.append(_line(dice, upper, em, room, longest))
+    em = fitting(lines, room - 8 * priced, 1.3 * height, em)
     widest = max(text_width(line, em) for line in lines)
-    pitch = em * dice.uniform(1.25, 1.8)
-    rows = max(2, -(-int(len(lines) * pitch) // PATCH) + dice.between(0, 1))
-    columns = max(-(-int(widest + 10) // PATCH) + dice.between(0, 2), -(-16 // rows))
-    image = canvas((PATCH * columns, PATCH * rows), ground, dice)
-    free_x, free_y = (image.width - widest - 6) / 2, (image.height - len(lines) * pitch) / 2
-    x = image.width / 2 + max(0.0, free_x) * dice.uniform(-0.9, 0.9)
-    y = image.height / 2 + max(0.0, free_y) * dice.uniform(-0.9, 0.9)
+    left = _MARGIN + max(0.0, room - widest) * hard * dice.uniform(0, 1)
+    middle = pitch / 2 + max(0.0, height - len(lines) * pitch) * hard * dice.uniform(0, 1)
+    centred, bold = dice.chance(0.5 * hard), dice.chance(0.3 * hard)
+    layer = Image.new("L", size)
     for k, line in enumerate(lines):
-        put_text(image, line, (x, y + (k - (len(lines) - 1) / 2) * pitch), em, ink, bold=bold)
-    return grain(image, dice)
+        y = middle + k * pitch
+        if priced:
+            name, number = line.rsplit(" ", 1)
+            put_text(layer, name, (_MARGIN, y), em, 255, "lm", bold)
+            put_text(layer, number, (size[0] - _MARGIN, y), em, 255, "rm", bold)
+        else:
+            x, anchor = (left + widest / 2, "mm") if centred else (left, "lm")
+            put_text(layer, line, (x, y), em, 255, anchor, bold)
+    image = _sheet(dice, hard, size, paper)
+    image.paste(paint, (0, 0), turn(layer, dice.uniform(-5, 5) if dice.chance(0.25 * hard) else 0.0))
+    said = quoted(" ".join(lines)) if dice.chance(0.5) else ", ".join(map(quoted, lines))
+    facts: list[Fact] = [{"type": "text", "text": line} for line in lines]
+    return _finish(dice, hard, image), f"{sentence(ink)} on {ground}: {said}.", facts
 
 
-def _lines(dice: Dice) -> list[str]:
-    style = dice.weighted((("words", 0.6), ("number", 0.2), ("both", 0.15), ("phrase", 0.05)))
-    if style == "phrase":
-        return [dice.pick(FOOTERS)]
-    nouns = {"words": dice.between(1, 2), "number": 0, "both": 1}[style]
-    pieces = [dice.pick(dice.pick(_NOUNS)) for _ in range(nouns)]
-    if style != "words":
-        pieces.append(
-            dice.weighted(
-                (
-                    (str(dice.between(1, 99)), 0.4),
-                    (str(dice.between(1, 9999)), 0.3),
-                    (f"{dice.below(20)}.{dice.below(100):02d}", 0.3),
-                )
-            )
-        )
+def _ground(dice: Dice, hard: float, names: tuple[str, ...]) -> tuple[Colour, str]:
+    """A background's colour and its name; white for the easiest."""
+    name = dice.pick(names) if dice.chance(hard) else "white"
+    return shade(named(name), dice, round(8 * hard)), name
+
+
+def _sheet(dice: Dice, hard: float, size: tuple[int, int], colour: Colour) -> Image.Image:
+    return canvas(size, colour, dice) if dice.chance(hard) else Image.new("RGB", size, colour)
+
+
+def _finish(dice: Dice, hard: float, image: Image.Image) -> Image.Image:
+    return grain(image, dice) if dice.chance(hard) else image
+
+
+def _line(dice: Dice, upper: bool, em: int, room: float, longest: int) -> str:
+    """A word, or as many as `longest` in some part of the width."""
+    line, width = _piece(dice, upper), room * dice.uniform(0.4, 1.0)
+    while longest == 1 and text_width(line, em) > room and em <= PATCH:
+        line = _piece(dice, upper)
+    for _ in range(longest - 1):
+        longer = f"{line} {_piece(dice, upper)}"
+        if text_width(longer, em) > width:
+            break
+        line = longer
+    return line
+
+
+def _piece(dice: Dice, upper: bool) -> str:
+    """A word, or a number, or now and then a few words that go together."""
+    if dice.chance(0.25):
+        return _number(dice)
+    piece = dice.pick(FOOTERS) if dice.chance(0.04) else dice.pick(dice.pick(_NOUNS))
+    return piece.upper() if upper else piece
+
+
+def _number(dice: Dice) -> str:
     if dice.chance(0.5):
-        pieces = [piece.upper() for piece in pieces]
-    return pieces if dice.chance(0.5) else [" ".join(pieces)]
+        return f"{dice.below(20)}.{dice.below(100):02d}"
+    return str(dice.between(1, 99 if dice.chance(0.6) else 9999))

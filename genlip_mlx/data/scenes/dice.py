@@ -21,9 +21,11 @@ class Dice:
         seed: any whole number of at most 64 bits.
         stream: which split, below 2**16.
         index: which scene of it, below 2**48.
+        level: how hard the scene may be, from 0 to 1, where there are levels.
     """
 
-    def __init__(self, seed: int, stream: int, index: int) -> None:
+    def __init__(self, seed: int, stream: int, index: int, level: float = 1.0) -> None:
+        self.level = level
         # The key, not a hash of it, tells the streams apart: two of them can never be the same one.
         self._philox = np.random.Philox(key=np.array([seed % 2**64, stream << 48 | index], dtype=np.uint64))
 

@@ -75,7 +75,7 @@ def put_text(
     text: str,
     xy: tuple[float, float],
     size: int,
-    colour: Colour,
+    colour: Colour | int,
     anchor: str = "mm",
     bold: bool = False,
     halo: Colour | None = None,
