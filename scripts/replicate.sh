@@ -19,10 +19,13 @@ runs=()
 for width in 64 128 192; do
     for gate in true false; do
         name=$out/$width-$gate
-        pretrain "$name-stage1" --recipe tiny-stage1 --set iters="$steps" \
+        pretrain "$name-stage1" --recipe tiny-cards --set iters="$steps" --set native=false --set image_size=128 \
+            --set data=synth:train:400000 --set shuffle=true --set valid_data=synth:validation:500 \
+            --set lr_schedule=cosine --set warmup=0.03 \
             --set model_config.hidden_size="$width" --set model_config.num_attention_heads=$((width / 64)) \
             --set model_config.intermediate_size=$((width * 8 / 3)) --set model_config.gated_attention="$gate"
-        pretrain "$name-stage2" --recipe tiny-stage2 --set iters=$((steps / 2)) --set init_from="$name-stage1"
+        pretrain "$name-stage2" --recipe tiny-stage2 --set iters=$((steps / 2)) --set init_from="$name-stage1" \
+            --set data=synth:train:400000
         runs+=("$name-stage1" "$name-stage2")
     done
 done

@@ -73,6 +73,7 @@ def loads(recipe: Recipe, source: Source, processor: Processor) -> list[Load]:
         seed=recipe.seed,
         workers=0,
         max_sample_len=recipe.max_sample_len,
+        shuffle=recipe.shuffle,
         epochs=1,
     ) as pipeline:
         return [Load.of(pack) for pack in islice(pipeline, PACKS)]

@@ -80,6 +80,15 @@ def test_five_steps_are_the_references(case: Golden, golden_data: Path, tmp_path
     assert rows[0]["label_tokens"] == expected["packed_label_tokens"]
 
 
+def test_a_course_is_taken_in_order(case: Golden, tmp_path: Path) -> None:
+    changes = {"data": "synth:train:300:cards", "shuffle": False, "batch_tokens": 1024}
+    run = Run(tmp_path / "run", replace(recipe_of(Path(), case.folder), **changes), log=quiet)
+    with run.pipeline as packs:
+        seen = [min(next(packs).records) for _ in range(3)]
+    assert seen[0] == 0
+    assert seen == sorted(seen)
+
+
 def packs_of(case: Golden, data: Path, budget: int) -> list[Pack]:
     _, processor = load(case.folder)
     with Pipeline(open_source(str(data)), processor, budget=budget, workers=0, shuffle=False, epochs=1) as pipeline:
