@@ -13,7 +13,7 @@ PATH=$VENV/bin:$PATH
 steps=${STEPS:-400}
 scenes=${SCENES:-100}
 out=runs/replication
-[ -d tokenizer ] || genlip-mlx tokenizer train --data synth:train:20000 --vocab-size 1536 --output tokenizer
+[ -d tokenizer-1536 ] || genlip-mlx tokenizer train --data synth:train:20000 --vocab-size 1536 --output tokenizer-1536
 
 runs=()
 for width in 64 128 192; do
@@ -21,11 +21,12 @@ for width in 64 128 192; do
         name=$out/$width-$gate
         pretrain "$name-stage1" --recipe tiny-cards --set iters="$steps" --set native=false --set image_size=128 \
             --set data=synth:train:400000 --set shuffle=true --set valid_data=synth:validation:500 \
-            --set lr_schedule=cosine --set warmup=0.03 \
+            --set tokenizer=tokenizer-1536 --set model_config.vocab_size=1536 \
+            --set min_learning_rate=1e-6 --set warmup=0.03 \
             --set model_config.hidden_size="$width" --set model_config.num_attention_heads=$((width / 64)) \
             --set model_config.intermediate_size=$((width * 8 / 3)) --set model_config.gated_attention="$gate"
         pretrain "$name-stage2" --recipe tiny-stage2 --set iters=$((steps / 2)) --set init_from="$name-stage1" \
-            --set data=synth:train:400000
+            --set data=synth:train:400000 --set batch_tokens=2048
         runs+=("$name-stage1" "$name-stage2")
     done
 done

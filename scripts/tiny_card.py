@@ -2,8 +2,8 @@
 
     python scripts/tiny_card.py RUNS --output weights/genlip-tiny [--size 500]
 
-RUNS holds tiny-cards, tiny-stage1, tiny-stage2 and their -ungated twins; the stages are scored. Every figure of the card is measured here or read
-from the runs.
+RUNS holds tiny-cards, tiny-stage1, tiny-stage2 and their -ungated twins; the stages are scored. Every figure of the
+card is measured here or read from the runs.
 """
 
 from __future__ import annotations

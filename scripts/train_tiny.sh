@@ -9,7 +9,7 @@ environment train
 cd "$ROOT"
 PATH=$VENV/bin:$PATH
 
-[ -d tokenizer ] || genlip-mlx tokenizer train --data synth:train:20000 --vocab-size 1536 --output tokenizer
+[ -d tokenizer ] || genlip-mlx tokenizer train --data synth:train:20000 --vocab-size 640 --output tokenizer
 
 with_gate() {
     pretrain runs/tiny-cards --recipe tiny-cards

@@ -27,7 +27,7 @@ from .scenes.shapes import shapes
 from .scenes.signs import banners, words
 from .scenes.vocabulary import Fact
 
-COURSE = (20000, 80000)  # flash cards of the training split: level 0 up to the first number, 1 from the second on
+COURSE = (22000, 120000)  # flash cards of the training split: level 0 up to the first number, 1 from the second on
 SPLITS = ("train", "validation", "test")
 LAYOUTS = ("square", "tall", "wide")
 _RENDERERS: dict[str, tuple[Callable[[Dice], Drawn], float]] = {  # with its weight in a mixture

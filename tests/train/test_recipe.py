@@ -117,7 +117,7 @@ def test_a_plan(tmp_path: Path, golden_dir: Path) -> None:
     content["tokenizer"] = str(golden_dir / "tiny-224")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
     text = "\n".join(describe(load_recipe(tmp_path / "r.yaml")))
-    for part in ("3.6 M parameters", "tokens      5.7 M", "50 records in synth:train:50", "validation  9 records"):
+    for part in ("3.3 M parameters", "tokens      5.7 M", "50 records in synth:train:50", "validation  9 records"):
         assert part in text
     assert "image tokens" in text
     assert "50 of the 50 looked at can be used" in text

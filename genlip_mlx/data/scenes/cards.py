@@ -8,6 +8,9 @@ where to look next is plain. Size, place, colour, font and noise then vary more 
 
 from __future__ import annotations
 
+from string import ascii_lowercase, ascii_uppercase
+from typing import NamedTuple
+
 from PIL import Image
 
 from .dice import Dice
@@ -49,69 +52,90 @@ from .vocabulary import (
 from .wording import group_name, quoted
 
 _MARGIN = 2
+_LOWER, _UPPER = ascii_lowercase, ascii_uppercase
 _LABELS = tuple(label for labels, _ in LABELS for label in labels)
 _NOUNS = (WORDS, WORDS, WORDS, ITEMS, NUMBERED, TITLES, _LABELS, SHOPS, SHOP_KINDS)
 
 
+class _Hard(NamedTuple):
+    """How far each thing strays from the plainest card, 0 to 1."""
+
+    place: float  # of lines and shapes
+    words: float  # a line
+    sheet: float  # more and other patches
+    size: float  # of letters and shapes
+    look: float  # colours, noise, tilt
+
+
+# From which level to which each of them grows.
+_LESSONS = _Hard((0.0, 0.5), (0.2, 0.5), (0.35, 0.7), (0.5, 0.9), (0.5, 1.0))
+
+
+def _difficulty(dice: Dice) -> _Hard:
+    reached = (max(0.0, min(1.0, (dice.level - start) / (end - start))) for start, end in _LESSONS)
+    return _Hard(*(most * dice.uniform(0, 1) ** 0.5 for most in reached))
+
+
 def cards(dice: Dice) -> Drawn:
-    """Lines of words and numbers to read, or shapes to name; a later level has easier cards among its own."""
-    hard = dice.level * dice.uniform(0, 1) ** 0.5
+    """Lines of words, numbers and letters to read, or shapes to name; a later level has easier cards among its own."""
+    hard = _difficulty(dice)
     if dice.chance(0.6):
         return _page(dice, hard)
-    return _groups(dice, hard) if dice.chance(0.6 * hard) else _board(dice, hard)
+    return _groups(dice, hard) if dice.chance(0.6 * hard.look) else _board(dice, hard)
 
 
-def _groups(dice: Dice, hard: float) -> Drawn:
+def _groups(dice: Dice, hard: _Hard) -> Drawn:
     """Groups of shapes in their places, as in a scene."""
     total = dice.between(1, 6)
     number = min(total, dice.weighted(((1, 0.3), (2, 0.4), (3, 0.2), (4, 0.1))))
-    width, height = (PATCH * dice.between(4, 5 + round(4 * hard)) for _ in range(2))
+    width, height = (PATCH * dice.between(4, 5 + round(4 * hard.sheet)) for _ in range(2))
     image, facts, _, ground = scattered(dice, (width, height), total, number, "square")
     clauses = [f"{group_name(fact)} {dice.pick(PLACES[fact['place']])}" for fact in facts]
     return grain(image, dice), sentence(f"{', and '.join(clauses)}, on {ground}."), facts
 
 
-def _board(dice: Dice, hard: float) -> Drawn:
+def _board(dice: Dice, hard: _Hard) -> Drawn:
     """A shape in each cell, named row by row. No facts: they are of groups, each in a place that has a name."""
-    side = dice.pick((2, 4)) if dice.chance(1 - hard) else dice.pick((2, 3, 5))  # patches of a cell
-    most = max(1, round((4 + 4 * hard) / side))
+    side = dice.pick((2, 4)) if dice.chance(1 - hard.sheet) else dice.pick((2, 3, 5))  # patches of a cell
+    most = max(1, round((4 + 4 * hard.sheet) / side))
     columns, rows = (dice.between(most if side * most <= 4 else 1, most) for _ in range(2))
     while columns * rows * side**2 < 16:
         columns, rows = columns + 1, rows + (columns > rows)
-    paper, ground = _ground(dice, hard, PALE if hard < 0.3 else tuple(BACKGROUNDS))
+    paper, ground = _ground(dice, hard.look, PALE if hard.look < 0.3 else tuple(BACKGROUNDS))
     cell, size = PATCH * side, (PATCH * side * columns, PATCH * side * rows)
-    image, colours = _sheet(dice, hard, size, paper), visible(paper, COLOURS)
+    image, colours = _sheet(dice, hard.look, size, paper), visible(paper, COLOURS)
     names = []
     for place in range(columns * rows):
         shape, name = dice.pick(list(SHAPES)), dice.pick(colours)
-        diameter = int(cell * (0.9 - 0.4 * hard * dice.uniform(0, 1)))
-        free = hard * (cell - diameter) / 2
+        diameter = int(cell * (0.9 - 0.4 * hard.size * dice.uniform(0, 1)))
+        free = hard.place * (cell - diameter) / 2
         x = (place % columns + 0.5) * cell + free * dice.uniform(-1, 1)
         y = (place // columns + 0.5) * cell + free * dice.uniform(-1, 1)
-        put_shape(image, shape, (x, y), diameter, shade(COLOURS[name], dice, 12), hard * dice.uniform(-9, 9))
+        put_shape(image, shape, (x, y), diameter, shade(COLOURS[name], dice, 12), hard.place * dice.uniform(-9, 9))
         names.append(f"{name} {shape}")
     told = [", ".join(names[start : start + columns]) for start in range(0, len(names), columns)]
-    return _finish(dice, hard, image), sentence(f"{'; '.join(told)}, on {ground}."), []
+    return _finish(dice, hard.look, image), sentence(f"{'; '.join(told)}, on {ground}."), []
 
 
-def _page(dice: Dice, hard: float) -> Drawn:
+def _page(dice: Dice, hard: _Hard) -> Drawn:
     """Lines of one size and colour; or rows with a number at their right end, as on a receipt."""
     em = PATCH
-    if dice.chance(hard):
+    if dice.chance(hard.size):
         em = dice.weighted(((dice.between(15, 20), 0.6), (dice.between(21, 30), 0.25), (dice.between(31, 48), 0.15)))
-    columns = dice.between(4, 4 + round(7 * hard))
-    rows = dice.between(-(-max(16, 2 * columns) // columns), 4 + round(4 * hard)) if dice.chance(hard) else 4
+    columns = dice.between(4, 4 + round(7 * hard.sheet))
+    fewest = max(2, -(-16 // columns))  # no picture has less than 16 patches
+    rows = dice.between(fewest, 4 + round(4 * hard.sheet)) if dice.chance(hard.sheet) else 4
     size = PATCH * columns, PATCH * rows
-    paper, ground = _ground(dice, hard, (*BACKGROUNDS, *COLOURS))
+    paper, ground = _ground(dice, hard.look, (*BACKGROUNDS, *COLOURS))
     inks = readable(paper, INKS)
-    ink = dice.pick(inks) if dice.chance(hard) or "black" not in inks else "black"
-    paint = shade(named(ink), dice, round(12 * hard))
+    ink = dice.pick(inks) if dice.chance(hard.look) or "black" not in inks else "black"
+    paint = shade(named(ink), dice, round(12 * hard.look))
 
     room, height = size[0] - 2 * _MARGIN, size[1]
     priced = em <= 18 and columns > 6 and dice.chance(0.5)
-    pitch = em * (1 + (1.4 if priced else 0.8) * hard * dice.uniform(0, 1))
+    pitch = em * (1 + (1.4 if priced else 0.8) * hard.place * dice.uniform(0, 1))
     most = max(1, int(height / pitch))
-    longest = 8 if dice.chance(hard) else 1  # words a line
+    longest = 8 if dice.chance(hard.words) else 1  # words a line
     upper, lines = dice.chance(0.5), []
     for _ in range(max(dice.between(1, most), dice.between(1, most))):
         if priced:
@@ -120,9 +144,9 @@ def _page(dice: Dice, hard: float) -> Drawn:
             lines.append(_line(dice, upper, em, room, longest))
     em = fitting(lines, room - 8 * priced, 1.3 * height, em)
     widest = max(text_width(line, em) for line in lines)
-    left = _MARGIN + max(0.0, room - widest) * hard * dice.uniform(0, 1)
-    middle = pitch / 2 + max(0.0, height - len(lines) * pitch) * hard * dice.uniform(0, 1)
-    centred, bold = dice.chance(0.5 * hard), dice.chance(0.3 * hard)
+    left = _MARGIN + max(0.0, room - widest) * hard.place * dice.uniform(0, 1)
+    middle = pitch / 2 + max(0.0, height - len(lines) * pitch) * hard.place * dice.uniform(0, 1)
+    centred, bold = dice.chance(0.5 * hard.place), dice.chance(0.3 * hard.size)
     layer = Image.new("L", size)
     for k, line in enumerate(lines):
         y = middle + k * pitch
@@ -133,11 +157,11 @@ def _page(dice: Dice, hard: float) -> Drawn:
         else:
             x, anchor = (left + widest / 2, "mm") if centred else (left, "lm")
             put_text(layer, line, (x, y), em, 255, anchor, bold)
-    image = _sheet(dice, hard, size, paper)
-    image.paste(paint, (0, 0), turn(layer, dice.uniform(-5, 5) if dice.chance(0.25 * hard) else 0.0))
+    image = _sheet(dice, hard.look, size, paper)
+    image.paste(paint, (0, 0), turn(layer, dice.uniform(-5, 5) if dice.chance(0.25 * hard.look) else 0.0))
     said = quoted(" ".join(lines)) if dice.chance(0.5) else ", ".join(map(quoted, lines))
     facts: list[Fact] = [{"type": "text", "text": line} for line in lines]
-    return _finish(dice, hard, image), f"{sentence(ink)} on {ground}: {said}.", facts
+    return _finish(dice, hard.look, image), f"{sentence(ink)} on {ground}: {said}.", facts
 
 
 def _ground(dice: Dice, hard: float, names: tuple[str, ...]) -> tuple[Colour, str]:
@@ -168,9 +192,12 @@ def _line(dice: Dice, upper: bool, em: int, room: float, longest: int) -> str:
 
 
 def _piece(dice: Dice, upper: bool) -> str:
-    """A word, or a number, or now and then a few words that go together."""
-    if dice.chance(0.25):
+    """A word, a number, some letters, or now and then a few words that go together."""
+    kind = dice.weighted((("word", 0.45), ("number", 0.2), ("letters", 0.35)))
+    if kind == "number":
         return _number(dice)
+    if kind == "letters":  # that no vocabulary helps to guess
+        return "".join(dice.pick(_UPPER if upper else _LOWER) for _ in range(dice.between(1, 5)))
     piece = dice.pick(FOOTERS) if dice.chance(0.04) else dice.pick(dice.pick(_NOUNS))
     return piece.upper() if upper else piece
 
