@@ -507,7 +507,7 @@ def show_memory(console: Console, figures: dict[str, Any]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", metavar="section", help=f"of {', '.join(SECTIONS)}; default: all")
-    parser.add_argument("--recipe", default="tiny-cards", help="whose model and settings are measured")
+    parser.add_argument("--recipe", default="tiny-stage1", help="whose model and settings are measured")
     parser.add_argument("--rounds", type=int, default=4, help="how often each throughput is measured")
     total = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / GB
     parser.add_argument("--memory", type=float, default=total / 2, help="GB a process may take; default: half of all")

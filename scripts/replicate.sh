@@ -13,20 +13,16 @@ PATH=$VENV/bin:$PATH
 steps=${STEPS:-400}
 scenes=${SCENES:-100}
 out=runs/replication
-[ -d tokenizer-1536 ] || genlip-mlx tokenizer train --data synth:train:20000 --vocab-size 1536 --output tokenizer-1536
+[ -d tokenizer ] || genlip-mlx tokenizer train --data synth:train:20000 --vocab-size 1536 --output tokenizer
 
 runs=()
 for width in 64 128 192; do
     for gate in true false; do
         name=$out/$width-$gate
-        pretrain "$name-stage1" --recipe tiny-cards --set iters="$steps" --set native=false --set image_size=128 \
-            --set data=synth:train:400000 --set shuffle=true --set valid_data=synth:validation:500 \
-            --set tokenizer=tokenizer-1536 --set model_config.vocab_size=1536 \
-            --set min_learning_rate=1e-6 --set warmup=0.03 \
+        pretrain "$name-stage1" --recipe tiny-stage1 --set iters="$steps" \
             --set model_config.hidden_size="$width" --set model_config.num_attention_heads=$((width / 64)) \
             --set model_config.intermediate_size=$((width * 8 / 3)) --set model_config.gated_attention="$gate"
-        pretrain "$name-stage2" --recipe tiny-stage2 --set iters=$((steps / 2)) --set init_from="$name-stage1" \
-            --set data=synth:train:400000 --set batch_tokens=2048
+        pretrain "$name-stage2" --recipe tiny-stage2 --set iters=$((steps / 2)) --set init_from="$name-stage1"
         runs+=("$name-stage1" "$name-stage2")
     done
 done

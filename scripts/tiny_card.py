@@ -1,9 +1,9 @@
-"""Make weights/genlip-tiny of the six runs of scripts/train_tiny.sh: weights, scores, curves and the model card.
+"""Make weights/genlip-tiny of the four runs of scripts/train_tiny.sh: weights, scores, curves and the model card.
 
     python scripts/tiny_card.py RUNS --output weights/genlip-tiny [--size 500]
 
-RUNS holds tiny-cards, tiny-stage1, tiny-stage2 and their -ungated twins; the stages are scored. Every figure of the
-card is measured here or read from the runs.
+RUNS holds tiny-stage1, tiny-stage2 and their -ungated twins. Every figure of the card is measured here or read
+from the runs.
 """
 
 from __future__ import annotations
@@ -24,14 +24,11 @@ from genlip_mlx.checkpoint.hub import best_checkpoint
 from genlip_mlx.train.plot import plot, read_metrics
 
 RUNS = {
-    "tiny-cards": "flash cards",
     "tiny-stage1": "stage 1",
     "tiny-stage2": "stage 2",
-    "tiny-cards-ungated": "flash cards, no gate",
     "tiny-stage1-ungated": "stage 1, no gate",
     "tiny-stage2-ungated": "stage 2, no gate",
 }
-SCORED = [name for name in RUNS if "stage" in name]
 ROWS = {
     "nll": "caption NLL, nats a token",
     "shapes": "shapes right",
@@ -89,9 +86,9 @@ def sections(runs: dict[str, dict[str, Any]], scores: dict[str, dict[str, Any]],
         ]
         for name, f in runs.items()
     ]
-    results = [[label, *(show(key, scores[name]["all"][key]) for name in SCORED)] for key, label in ROWS.items()]
+    results = [[label, *(show(key, scores[name]["all"][key]) for name in runs)] for key, label in ROWS.items()]
     for layout in LAYOUTS:
-        rates = (scores[name][layout]["character_error_rate"] for name in SCORED)
+        rates = (scores[name][layout]["character_error_rate"] for name in runs)
         results.append([f"character error rate, {layout}", *(show("character_error_rate", rate) for rate in rates)])
     spoken = "\n\n".join(
         f"- {one['kind']}: {one['truth']}\n- *it says:* {one['spoken']}"
@@ -102,20 +99,19 @@ def sections(runs: dict[str, dict[str, Any]], scores: dict[str, dict[str, Any]],
 
 From random weights on synthetic scenes (`genlip-mlx synth`) and nothing else: it knows coloured shapes, signs,
 receipts, banners and charts as they are drawn there, and no photograph. `scripts/train_tiny.sh` does all of it again:
-a SentencePiece vocabulary of 20000 captions, recipes `tiny-cards`, `tiny-stage1` and `tiny-stage2`, and the same three
-with `gated_attention: false`. The cards are a course of small pictures to read and to name, from easy to hard. Each run
-had one core of a Linux CPU; hours are its tokens at its median rate.
+a SentencePiece vocabulary of 20000 captions, recipes `tiny-stage1` and `tiny-stage2`, and the same two with
+`gated_attention: false`. Each run had one core of a Linux CPU; hours are its tokens at its median rate.
 
 {table(["run", "steps", "tokens", "learning rate", "seed", "hours", "peak", "waiting for data", "valid loss"], took)}
 
-![Loss, learning rate and gradient norm of the six runs](curves.png)
+![Loss, learning rate and gradient norm of the four runs](curves.png)
 
 ## Results
 
 {size} scenes of the test split, greedy captions (`scripts/evaluate_scenes.py`). Shares are of the groups of shapes in
 the pictures; an invented group counts against it.
 
-{table(["", *(RUNS[name] for name in SCORED)], results)}
+{table(["", *(RUNS[name] for name in runs)], results)}
 
 The first scenes of the test split, as the stage 2 model describes them:
 
@@ -137,7 +133,7 @@ def main() -> None:
 
     convert(str(checkpoints["tiny-stage2"]), options.output, dtype="bfloat16", overwrite=True)
     scenes = [*Scenes("test", size=options.size)]
-    scores = {name: measure(str(checkpoints[name]), scenes, 32) for name in SCORED}
+    scores = {name: measure(str(checkpoint), scenes, 32) for name, checkpoint in checkpoints.items()}
     runs = {name: facts(run) for name, run in found.items()}
     plot([*found.values()], options.output / "curves.png")
     (options.output / "results.json").write_text(json.dumps({"runs": runs, "scores": scores}, indent=2) + "\n")

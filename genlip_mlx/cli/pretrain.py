@@ -30,7 +30,7 @@ def pretrain(
 
     Examples:
 
-        genlip-mlx pretrain --recipe small-stage1 --run-dir runs/stage1 --set data=scenes/train.jsonl
+        genlip-mlx pretrain --recipe tiny-stage1 --run-dir runs/stage1 --set data=scenes/train.jsonl
 
         genlip-mlx pretrain --resume runs/stage1
     """

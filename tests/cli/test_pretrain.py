@@ -64,10 +64,10 @@ def test_from_scenes_to_captions(tmp_path: Path) -> None:
         (("pretrain", "--resume", "nothing"), 1, "nothing: no run to resume; there is no config.yaml"),
         (("pretrain", "--resume", "nothing", "--set", "iters=3"), 2, "--resume takes the run as it is"),
         (("pretrain", "--recipe", "none", "--run-dir", "r"), 1, "none: no such recipe"),
-        (("pretrain", "--recipe", "tiny-cards", "--run-dir", "r"), 1, "tokenizer: no tokenizer.json"),
+        (("pretrain", "--recipe", "tiny-stage1", "--run-dir", "r"), 1, "tokenizer: no tokenizer.json"),
         (("pretrain", "--recipe", "tiny-stage2", "--run-dir", "r"), 1, "runs/tiny-stage1"),
         (
-            ("pretrain", "--recipe", "tiny-cards", "--run-dir", "r", "--report-to", "tensorboard"),
+            ("pretrain", "--recipe", "tiny-stage1", "--run-dir", "r", "--report-to", "tensorboard"),
             1,
             "wandb or swanlab",
         ),
@@ -92,7 +92,7 @@ def test_a_thousand_useless_records_end_a_run(tmp_path: Path, golden_dir: Path) 
         "valid_data=null",
     ]
     words = [word for change in changes for word in ("--set", change)]
-    done = run(tmp_path, "pretrain", "--recipe", "tiny-cards", "--run-dir", "r", *words)
+    done = run(tmp_path, "pretrain", "--recipe", "tiny-stage1", "--run-dir", "r", *words)
     assert done.returncode == 1
     why = "error: d.jsonl: none of the first 1000 records can be used. missing file: 1000, for example"
     assert done.stderr.splitlines()[-1].startswith(why)

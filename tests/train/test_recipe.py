@@ -62,7 +62,7 @@ def test_the_papers_settings(scale: str, batch: int, warmup: float, drop_path: f
 
 def test_changes_on_the_command_line() -> None:
     changes = ["iters=7", "learning_rate=1e-3", "model_config.hidden_size=96", "valid_data=null", "data=a=b.jsonl"]
-    recipe = load_recipe("tiny-cards", changes)
+    recipe = load_recipe("tiny-stage1", changes)
     assert (recipe.iters, recipe.learning_rate, recipe.valid_data, recipe.data) == (7, 1e-3, None, "a=b.jsonl")
     assert recipe.config().hidden_size == 96
 
@@ -88,7 +88,7 @@ def test_changes_on_the_command_line() -> None:
 )
 def test_what_is_refused(change: str, message: str) -> None:
     with pytest.raises(RecipeError, match=message):
-        load_recipe("tiny-cards", [change])
+        load_recipe("tiny-stage1", [change])
 
 
 def test_files_that_are_no_recipes(tmp_path: Path) -> None:
@@ -108,16 +108,16 @@ def test_a_model_that_cannot_be(tmp_path: Path) -> None:
         ("model_config.depth=3", "model_config: .*depth"),
     ):
         with pytest.raises(RecipeError, match=message):
-            load_recipe("tiny-cards", [change]).config()
+            load_recipe("tiny-stage1", [change]).config()
 
 
 def test_a_plan(tmp_path: Path, golden_dir: Path) -> None:
-    content = yaml.safe_load((RECIPES[0].parent / "tiny-cards.yaml").read_text())
+    content = yaml.safe_load((RECIPES[0].parent / "tiny-stage1.yaml").read_text())
     content |= {"data": "synth:train:50", "valid_data": "synth:validation:9", "iters": 1400, "batch_tokens": 4096}
     content["tokenizer"] = str(golden_dir / "tiny-224")
     (tmp_path / "r.yaml").write_text(yaml.safe_dump(content))
     text = "\n".join(describe(load_recipe(tmp_path / "r.yaml")))
-    for part in ("3.3 M parameters", "tokens      5.7 M", "50 records in synth:train:50", "validation  9 records"):
+    for part in ("3.6 M parameters", "tokens      5.7 M", "50 records in synth:train:50", "validation  9 records"):
         assert part in text
-    assert "image tokens" in text
+    assert "64 image tokens" in text
     assert "50 of the 50 looked at can be used" in text

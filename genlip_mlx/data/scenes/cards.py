@@ -52,7 +52,6 @@ from .vocabulary import (
 from .wording import group_name, quoted
 
 _MARGIN = 2
-_LOWER, _UPPER = ascii_lowercase, ascii_uppercase
 _LABELS = tuple(label for labels, _ in LABELS for label in labels)
 _NOUNS = (WORDS, WORDS, WORDS, ITEMS, NUMBERED, TITLES, _LABELS, SHOPS, SHOP_KINDS)
 
@@ -67,8 +66,7 @@ class _Hard(NamedTuple):
     look: float  # colours, noise, tilt
 
 
-# From which level to which each of them grows.
-_LESSONS = _Hard((0.0, 0.5), (0.2, 0.5), (0.35, 0.7), (0.5, 0.9), (0.5, 1.0))
+_LESSONS = ((0.0, 0.5), (0.2, 0.5), (0.35, 0.7), (0.5, 0.9), (0.5, 1.0))  # from which level to which each of them grows
 
 
 def _difficulty(dice: Dice) -> _Hard:
@@ -197,7 +195,7 @@ def _piece(dice: Dice, upper: bool) -> str:
     if kind == "number":
         return _number(dice)
     if kind == "letters":  # that no vocabulary helps to guess
-        return "".join(dice.pick(_UPPER if upper else _LOWER) for _ in range(dice.between(1, 5)))
+        return "".join(dice.pick(ascii_uppercase if upper else ascii_lowercase) for _ in range(dice.between(1, 5)))
     piece = dice.pick(FOOTERS) if dice.chance(0.04) else dice.pick(dice.pick(_NOUNS))
     return piece.upper() if upper else piece
 
