@@ -37,7 +37,7 @@ _RENDERERS: dict[str, tuple[Callable[[Dice], Drawn], float]] = {  # with its wei
     "banners": (banners, 0.11),
     "bars": (bars, 0.06),
     "lines": (lines, 0.06),
-    "cards": (cards, 1.00),
+    "cards": (cards, 3.00),
 }
 KINDS = tuple(_RENDERERS)
 SCENES = tuple(kind for kind in KINDS if kind != "cards")  # a model is to describe these; cards are to learn from
@@ -53,7 +53,7 @@ class Scene:
 
     Attributes:
         image: RGB, sides a multiple of 16 pixels, 64 to 304 patches of 16 x 16; a card has 16 to 100.
-        caption: what is there, 25 to 70 words, of a card 3 to 60; everything printed stands in double quotes, in
+        caption: what is there, 25 to 70 words, of a card 4 to 40; everything printed stands in double quotes, in
             reading order.
         kind: one of KINDS.
         layout: "tall" or "wide" if one side is over 1.6 times the other, else "square".
@@ -77,7 +77,7 @@ class Scenes:
         split: "train", "validation" or "test"; no scene of one is a scene of another, whatever their sizes.
         seed: another seed gives another world of scenes.
         size: how many there are; the first n are the same for every size.
-        kinds: only these kinds, in their usual proportions: all scenes, or flash cards too, one to a scene.
+        kinds: only these kinds, in their usual proportions: all scenes, or flash cards too, three to a scene.
 
     Raises:
         SceneError: if the split, a kind or the size is not possible.

@@ -102,10 +102,10 @@ def test_cards_are_small_and_short_and_come_only_when_asked_for() -> None:
         width, height = card.image.size
         assert card.kind == "cards"
         assert width % 16 == height % 16 == 0
-        assert 16 <= width * height // 256 <= 100
-        assert len(card.caption.split()) <= 60
+        assert 16 <= width * height // 256 <= 64
+        assert len(card.caption.split()) <= 20
     mixed = [scene.kind for scene in Scenes("train", size=200, kinds=KINDS)]
-    assert 75 <= mixed.count("cards") <= 125  # one to a scene
+    assert 120 <= mixed.count("cards") <= 180  # three to a scene
 
 
 def test_cards_are_a_course() -> None:
@@ -116,6 +116,8 @@ def test_cards_are_a_course() -> None:
     assert all((np.asarray(card.image)[0, 0] == 250).all() for card in first if card.facts)
     last = [course[COURSE[1] + index] for index in range(100)]
     assert len({card.image.size for card in last}) > 20
+    assert all(16 <= card.image.width * card.image.height // 256 <= 100 for card in last)
+    assert all(4 <= len(card.caption.split()) <= 40 for card in last)
     assert sum("on white" in card.caption for card in last) < 60
     later = Scenes("validation", size=100, kinds=["cards"])
     assert len({card.image.size for card in later}) > 20  # other splits ask for all of it from the start

@@ -3,7 +3,7 @@
 What a training step teaches is what it names: a scene spends hundreds of tokens on a handful of words and shapes, and a
 card some dozens. And they make a course, from what a model learns in minutes to what scenes hold. The first cards are
 four patches square, black on white, with a word a row or a shape a cell: everything begins where a patch does, and
-where to look next is plain. Size, place, colour, font and noise then vary more and more.
+where to look next is plain. Place, words a line, size, colour and noise then vary more and more.
 """
 
 from __future__ import annotations
