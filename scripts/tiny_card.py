@@ -98,9 +98,11 @@ def sections(runs: dict[str, dict[str, Any]], scores: dict[str, dict[str, Any]],
 ## Training
 
 From random weights on synthetic scenes (`genlip-mlx synth`) and nothing else: it knows coloured shapes, signs,
-receipts, banners and charts as they are drawn there, and no photograph. `scripts/train_tiny.sh` does all of it again:
-a SentencePiece vocabulary of 20000 captions, recipes `tiny-stage1` and `tiny-stage2`, and the same two with
-`gated_attention: false`. Each run had one core of a Linux CPU; hours are its tokens at its median rate.
+receipts, banners and charts as they are drawn there, with type of one size that stands in rows of patches, and no
+photograph. `scripts/train_tiny.sh` does all of it again: a SentencePiece vocabulary of 20000 captions, recipe
+`tiny-stage1` at a fixed size, recipe `tiny-stage2` in native sizes, which is a course from flash cards to scenes, and
+the same two with `gated_attention: false`. Each run had one core of a Linux CPU; hours are its tokens at its median
+rate.
 
 {table(["run", "steps", "tokens", "learning rate", "seed", "hours", "peak", "waiting for data", "valid loss"], took)}
 

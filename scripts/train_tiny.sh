@@ -8,7 +8,7 @@ environment train
 cd "$ROOT"
 PATH=$VENV/bin:$PATH
 
-[ -d tokenizer ] || genlip-mlx tokenizer train --data synth:train:20000 --vocab-size 1536 --output tokenizer
+[ -d tokenizer ] || genlip-mlx tokenizer train --data synth:train:20000 --vocab-size 640 --output tokenizer
 
 pretrain runs/tiny-stage1 --recipe tiny-stage1
 pretrain runs/tiny-stage2 --recipe tiny-stage2

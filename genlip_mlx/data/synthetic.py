@@ -27,7 +27,7 @@ from .scenes.shapes import shapes
 from .scenes.signs import banners, words
 from .scenes.vocabulary import Fact
 
-COURSE = (22000, 120000)  # flash cards of the training split: level 0 up to the first number, 1 from the second on
+COURSE = (36000, 66000)  # of the training split: level 0 up to the first number, 1 from the second on
 SPLITS = ("train", "validation", "test")
 LAYOUTS = ("square", "tall", "wide")
 _RENDERERS: dict[str, tuple[Callable[[Dice], Drawn], float]] = {  # with its weight in a mixture
@@ -37,7 +37,7 @@ _RENDERERS: dict[str, tuple[Callable[[Dice], Drawn], float]] = {  # with its wei
     "banners": (banners, 0.11),
     "bars": (bars, 0.06),
     "lines": (lines, 0.06),
-    "cards": (cards, 3.00),
+    "cards": (cards, 1.00),
 }
 KINDS = tuple(_RENDERERS)
 SCENES = tuple(kind for kind in KINDS if kind != "cards")  # a model is to describe these; cards are to learn from
@@ -52,8 +52,8 @@ class Scene:
     """One picture and the truth about it.
 
     Attributes:
-        image: RGB, sides a multiple of 16 pixels, 64 to 304 patches of 16 x 16; a card has 16 to 100.
-        caption: what is there, 25 to 70 words, of a card 4 to 40; everything printed stands in double quotes, in
+        image: RGB, sides a multiple of 16 pixels, 36 to 240 patches of 16 x 16; a card has 16 to 100.
+        caption: what is there, 25 to 60 words, of a card 4 to 40; everything printed stands in double quotes, in
             reading order.
         kind: one of KINDS.
         layout: "tall" or "wide" if one side is over 1.6 times the other, else "square".
@@ -77,7 +77,8 @@ class Scenes:
         split: "train", "validation" or "test"; no scene of one is a scene of another, whatever their sizes.
         seed: another seed gives another world of scenes.
         size: how many there are; the first n are the same for every size.
-        kinds: only these kinds, in their usual proportions: all scenes, or flash cards too, three to a scene.
+        kinds: only these kinds, in their usual proportions: all scenes, or flash cards too: these come first,
+            and scenes join them until there are as many.
 
     Raises:
         SceneError: if the split, a kind or the size is not possible.
@@ -101,8 +102,8 @@ class Scenes:
         return (self[index] for index in range(self.size))
 
     def _level(self, index: int) -> float:
-        """How hard a card of this number may be: the training split's cards in their order are a course."""
-        if self.split != "train":
+        """How hard number `index` may be: with cards in it, the training split in its order is a course."""
+        if self.split != "train" or "cards" not in self.kinds:
             return 1.0
         first, last = COURSE
         return min(1.0, max(0.0, (index - first) / (last - first)))
@@ -116,8 +117,9 @@ class Scenes:
         if not -self.size <= index < self.size:
             raise IndexError(f"scene {index} of {self.size}")
         index %= self.size
-        dice = Dice(self.seed, SPLITS.index(self.split), index, self._level(index))
-        kind = dice.weighted([(kind, _RENDERERS[kind][1]) for kind in self.kinds])
+        level = self._level(index)
+        dice = Dice(self.seed, SPLITS.index(self.split), index, level)
+        kind = dice.weighted([(kind, _RENDERERS[kind][1] * (1 if kind == "cards" else level)) for kind in self.kinds])
         image, caption, facts = _RENDERERS[kind][0](dice)
         ratio = image.width / image.height
         layout = "wide" if ratio > 1.6 else "tall" if ratio < 1 / 1.6 else "square"

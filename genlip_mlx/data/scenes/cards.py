@@ -3,7 +3,7 @@
 What a training step teaches is what it names: a scene spends hundreds of tokens on a handful of words and shapes, and a
 card some dozens. And they make a course, from what a model learns in minutes to what scenes hold. The first cards are
 four patches square, black on white, with a word a row or a shape a cell: everything begins where a patch does, and
-where to look next is plain. Place, words a line, size, colour and noise then vary more and more.
+where to look next is plain. Place, words a line, the sheet, colour and noise then vary more and more.
 """
 
 from __future__ import annotations
@@ -18,15 +18,14 @@ from .drawing import (
     PATCH,
     Drawn,
     canvas,
-    fitting,
     grain,
+    line_at,
     named,
     put_shape,
     put_text,
     readable,
     shade,
     text_width,
-    turn,
     visible,
 )
 from .shapes import scattered
@@ -59,14 +58,13 @@ _NOUNS = (WORDS, WORDS, WORDS, ITEMS, NUMBERED, TITLES, _LABELS, SHOPS, SHOP_KIN
 class _Hard(NamedTuple):
     """How far each thing strays from the plainest card, 0 to 1."""
 
-    place: float  # of lines and shapes
+    place: float  # of lines and shapes, and their size
     words: float  # a line
     sheet: float  # more and other patches
-    size: float  # of letters and shapes
-    look: float  # colours, noise, tilt
+    look: float  # colours, noise, bold letters
 
 
-_LESSONS = ((0.0, 0.5), (0.2, 0.5), (0.35, 0.7), (0.5, 0.9), (0.5, 1.0))  # from which level to which each of them grows
+_LESSONS = ((0.0, 0.5), (0.1, 0.6), (0.2, 0.8), (0.4, 1.0))  # from which level to which each of them grows
 
 
 def _difficulty(dice: Dice) -> _Hard:
@@ -105,7 +103,7 @@ def _board(dice: Dice, hard: _Hard) -> Drawn:
     names = []
     for place in range(columns * rows):
         shape, name = dice.pick(list(SHAPES)), dice.pick(colours)
-        diameter = int(cell * (0.9 - 0.4 * hard.size * dice.uniform(0, 1)))
+        diameter = int(cell * (0.9 - 0.4 * hard.place * dice.uniform(0, 1)))
         free = hard.place * (cell - diameter) / 2
         x = (place % columns + 0.5) * cell + free * dice.uniform(-1, 1)
         y = (place // columns + 0.5) * cell + free * dice.uniform(-1, 1)
@@ -116,10 +114,7 @@ def _board(dice: Dice, hard: _Hard) -> Drawn:
 
 
 def _page(dice: Dice, hard: _Hard) -> Drawn:
-    """Lines of one size and colour; or rows with a number at their right end, as on a receipt."""
-    em = PATCH
-    if dice.chance(hard.size):
-        em = dice.weighted(((dice.between(15, 20), 0.6), (dice.between(21, 30), 0.25), (dice.between(31, 48), 0.15)))
+    """Lines of one colour; or rows with a number at their right end, as on a receipt."""
     columns = dice.between(4, 4 + round(7 * hard.sheet))
     fewest = max(2, -(-16 // columns))  # no picture has less than 16 patches
     rows = dice.between(fewest, 4 + round(4 * hard.sheet)) if dice.chance(hard.sheet) else 4
@@ -129,34 +124,28 @@ def _page(dice: Dice, hard: _Hard) -> Drawn:
     ink = dice.pick(inks) if dice.chance(hard.look) or "black" not in inks else "black"
     paint = shade(named(ink), dice, round(12 * hard.look))
 
-    room, height = size[0] - 2 * _MARGIN, size[1]
-    priced = em <= 18 and columns > 6 and dice.chance(0.5)
-    pitch = em * (1 + (1.4 if priced else 0.8) * hard.place * dice.uniform(0, 1))
-    most = max(1, int(height / pitch))
+    room = size[0] - 2 * _MARGIN
+    priced = columns > 6 and dice.chance(0.5)
+    step = 2 if dice.chance(0.5 * hard.place) else 1  # rows from line to line
+    most = (rows + step - 1) // step
     longest = 8 if dice.chance(hard.words) else 1  # words a line
-    upper, lines = dice.chance(0.5), []
-    for _ in range(max(dice.between(1, most), dice.between(1, most))):
-        if priced:
-            lines.append(f"{dice.pick(dice.pick((ITEMS, _LABELS)))} {_number(dice)}")
-        else:
-            lines.append(_line(dice, upper, em, room, longest))
-    em = fitting(lines, room - 8 * priced, 1.3 * height, em)
-    widest = max(text_width(line, em) for line in lines)
-    left = _MARGIN + max(0.0, room - widest) * hard.place * dice.uniform(0, 1)
-    middle = pitch / 2 + max(0.0, height - len(lines) * pitch) * hard.place * dice.uniform(0, 1)
-    centred, bold = dice.chance(0.5 * hard.place), dice.chance(0.3 * hard.size)
-    layer = Image.new("L", size)
+    upper, number = dice.chance(0.5), max(dice.between(1, most), dice.between(1, most))
+    lines = [_priced(dice, room - 8) if priced else _line(dice, upper, room, longest) for _ in range(number)]
+    widest = max(map(text_width, lines))
+    left = _MARGIN + (room - widest) * hard.place * dice.uniform(0, 1)
+    free = rows - 1 - step * (number - 1)
+    first = dice.between(0, free) if dice.chance(hard.place) else 0
+    centred, bold = dice.chance(0.5 * hard.place), dice.chance(0.35 * hard.look)
+    image = _sheet(dice, hard.look, size, paper)
     for k, line in enumerate(lines):
-        y = middle + k * pitch
+        y = line_at(first + step * k)
         if priced:
-            name, number = line.rsplit(" ", 1)
-            put_text(layer, name, (_MARGIN, y), em, 255, "lm", bold)
-            put_text(layer, number, (size[0] - _MARGIN, y), em, 255, "rm", bold)
+            name, price = line.rsplit(" ", 1)
+            put_text(image, name, (_MARGIN, y), paint, "lm", bold)
+            put_text(image, price, (size[0] - _MARGIN, y), paint, "rm", bold)
         else:
             x, anchor = (left + widest / 2, "mm") if centred else (left, "lm")
-            put_text(layer, line, (x, y), em, 255, anchor, bold)
-    image = _sheet(dice, hard.look, size, paper)
-    image.paste(paint, (0, 0), turn(layer, dice.uniform(-5, 5) if dice.chance(0.25 * hard.look) else 0.0))
+            put_text(image, line, (x, y), paint, anchor, bold)
     said = quoted(" ".join(lines)) if dice.chance(0.5) else ", ".join(map(quoted, lines))
     facts: list[Fact] = [{"type": "text", "text": line} for line in lines]
     return _finish(dice, hard.look, image), f"{sentence(ink)} on {ground}: {said}.", facts
@@ -176,14 +165,19 @@ def _finish(dice: Dice, hard: float, image: Image.Image) -> Image.Image:
     return grain(image, dice) if dice.chance(hard) else image
 
 
-def _line(dice: Dice, upper: bool, em: int, room: float, longest: int) -> str:
-    """A word, or as many as `longest` in some part of the width."""
+def _priced(dice: Dice, room: float) -> str:
+    line = f"{dice.pick(dice.pick((ITEMS, _LABELS)))} {_number(dice)}"
+    return line if text_width(line) <= room else _priced(dice, room)
+
+
+def _line(dice: Dice, upper: bool, room: float, longest: int) -> str:
+    """A word, or as many as `longest` in some part of the room."""
     line, width = _piece(dice, upper), room * dice.uniform(0.4, 1.0)
-    while longest == 1 and text_width(line, em) > room and em <= PATCH:
+    while text_width(line) > room:
         line = _piece(dice, upper)
     for _ in range(longest - 1):
         longer = f"{line} {_piece(dice, upper)}"
-        if text_width(longer, em) > width:
+        if text_width(longer) > width:
             break
         line = longer
     return line

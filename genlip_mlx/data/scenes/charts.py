@@ -8,7 +8,7 @@ from itertools import pairwise
 from PIL import Image, ImageDraw
 
 from .dice import Dice
-from .drawing import PATCH, Drawn, canvas, grain, put_text, shade, text_width
+from .drawing import PATCH, Drawn, canvas, grain, line_at, put_text, shade, text_width
 from .vocabulary import BACKGROUNDS, COLOURS, LABELS, PALE, TITLES, Fact, a_, counted, listed
 from .wording import compose, quoted
 
@@ -33,17 +33,16 @@ def lines(dice: Dice) -> Drawn:
     """A line chart with marked points, a label under and the value over each; half of them are wide."""
     if dice.chance(0.5):
         return _chart(dice, "line", _compact(dice), dice.between(3, 5))
-    return _chart(dice, "line", (PATCH * dice.between(24, 30), PATCH * dice.between(8, 10)), dice.between(5, 7))
+    return _chart(dice, "line", (PATCH * dice.between(18, 24), PATCH * dice.between(8, 9)), dice.between(5, 7))
 
 
 def _compact(dice: Dice) -> tuple[int, int]:
-    return PATCH * dice.between(13, 17), PATCH * dice.between(11, 15)
+    return PATCH * dice.between(10, 14), PATCH * dice.between(9, 12)
 
 
 def _chart(dice: Dice, style: str, size: tuple[int, int], number: int) -> Drawn:
-    em = dice.between(15, 17)
     labels, ordered = dice.pick(LABELS)
-    room = (size[0] - 20) // (max(text_width(label, em) for label in labels) + 8)
+    room = (size[0] - 20) // (max(text_width(label) for label in labels) + 8)
     number = min(number, int(room))
     first = dice.between(0, len(labels) - number)
     largest = 9 if dice.chance(0.25) else 99
@@ -60,15 +59,16 @@ def _chart(dice: Dice, style: str, size: tuple[int, int], number: int) -> Drawn:
     facts += [{"type": "text", "text": label} for label in chart.labels]
     for label, value in zip(chart.labels, chart.values, strict=True):
         facts.append({"type": "value", "label": label, "value": float(value)})
-    return grain(_plot(dice, chart, size, em), dice), _caption(dice, chart), facts
+    return grain(_plot(dice, chart, size), dice), _caption(dice, chart), facts
 
 
-def _plot(dice: Dice, chart: _Chart, size: tuple[int, int], em: int) -> Image.Image:
+def _plot(dice: Dice, chart: _Chart, size: tuple[int, int]) -> Image.Image:
     paper = shade(BACKGROUNDS[chart.ground], dice, 4)
     image = canvas(size, paper, dice)
     draw = ImageDraw.Draw(image)
     colour, ink = shade(COLOURS[chart.colour], dice, 12), shade(COLOURS["black"], dice, 14)
-    top, bottom = em * (1.8 if chart.title is None else 3.4), size[1] - em * 1.7
+    rows = 1 if chart.title is None else 3  # for the highest value, and for a title with a free row under it
+    top, bottom = PATCH * rows + 8, size[1] - PATCH - 3
     left, right = 10.0, size[0] - 10.0
     if chart.grid:
         for k in range(1, 5):
@@ -76,9 +76,9 @@ def _plot(dice: Dice, chart: _Chart, size: tuple[int, int], em: int) -> Image.Im
             draw.line((left, level, right, level), fill=(150, 150, 150), width=1)
     draw.line((left, bottom, right, bottom), fill=ink, width=2)
     if dice.chance(0.6):
-        draw.line((left, top - em, left, bottom), fill=ink, width=2)
+        draw.line((left, top - PATCH, left, bottom), fill=ink, width=2)
     if chart.title is not None:
-        put_text(image, chart.title, (size[0] / 2, em * 0.95), em + 3, ink, bold=True)
+        put_text(image, chart.title, (size[0] / 2, line_at(0)), ink, bold=True)
 
     step = (right - left) / len(chart.labels)
     half = step * dice.uniform(0.25, 0.38)
@@ -91,11 +91,11 @@ def _plot(dice: Dice, chart: _Chart, size: tuple[int, int], em: int) -> Image.Im
     for (x, y), label, value in zip(points, chart.labels, chart.values, strict=True):
         if chart.style == "bar":
             draw.rectangle((round(x - half), round(y), round(x + half), round(bottom) - 1), fill=colour)
-            put_text(image, str(value), (x, y - 4), em, ink, "mb")
         else:
             draw.ellipse((x - 4, y - 4, x + 4, y + 4), fill=colour)
-            put_text(image, str(value), (x, y - 7), em, ink, "mb", halo=paper)  # or the line strikes it out
-        put_text(image, label, (x, bottom + em * 0.85), em, ink)
+        over = line_at(int(y - 8) // PATCH - 1)  # the lowest row that is free
+        put_text(image, str(value), (x, over), ink, halo=paper if chart.style == "line" else None)
+        put_text(image, label, (x, line_at(size[1] // PATCH - 1)), ink)
     return image
 
 
@@ -136,7 +136,7 @@ def _caption(dice: Dice, chart: _Chart) -> str:
         extras.append(f"The first bar is {'higher' if values[0] > values[-1] else 'lower'} than the last one.")
     extras.append("Thin grey lines lie behind it." if chart.grid else "No lines are drawn behind it.")
     extras.append("It has no title." if chart.title is None else f"The title stands above the {style} chart.")
-    return compose(dice, [dice.pick(openings), f"{lead} {listed(stated)}."], extras, dice.between(28, 48))
+    return compose(dice, [dice.pick(openings), f"{lead} {listed(stated)}."], extras, dice.between(28, 36))
 
 
 def _course(values: list[int]) -> str:

@@ -18,7 +18,8 @@ from .vocabulary import BACKGROUNDS, COLOURS, Colour, Fact
 
 Drawn = tuple[Image.Image, str, list[Fact]]  # what every kind of scene makes: picture, caption, facts
 
-PATCH = 16  # sides are whole patches, so that the native processor keeps every pixel as it is
+PATCH = 16  # pixels; sides are whole patches, so that the native processor keeps every pixel as it is
+EM = PATCH  # the size of type
 _SMOOTH = 4  # a shape is drawn this many times larger, then averaged down
 
 
@@ -36,8 +37,8 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return loaded
 
 
-def text_width(text: str, size: int) -> float:
-    """Pixels from the start of the first letter to the end of the last.
+def text_width(text: str, size: int = EM) -> float:
+    """Pixels from the start of the first letter to the end of the last, `size` pixels to an em.
 
     Scaled from a large size, where hinting is negligible: what fits, and so what is written, must not depend
     on the FreeType at hand.
@@ -50,47 +51,33 @@ def _width_at_256(text: str) -> float:
     return font(256).getlength(text)
 
 
-def fitting(lines: list[str], width: float, height: float, largest: int, smallest: int = 10) -> int:
-    """The largest font size at which every line is at most `width` and all of them `height` pixels (1.3 em a line)."""
-    widest = max(text_width(line, 1) for line in lines)
-    return max(smallest, min(largest, int(width / widest), int(height / len(lines) / 1.3)))
+def line_at(row: int) -> int:
+    """y of the middle of a line of text that stands in a row of patches.
 
-
-def _strikes(size: int, bold: bool) -> tuple[int, ...]:
-    """Offsets in pixels at which a text is drawn; bold letters are struck twice, as on a typewriter."""
-    return (0, max(1, size // 24)) if bold else (0,)
-
-
-def text_mask(text: str, size: int, bold: bool = False) -> Image.Image:
-    """ "L" mask of one line of text, as wide as it and 1.2 em high, which holds the letters that hang down."""
-    strikes = _strikes(size, bold)
-    mask = Image.new("L", (math.ceil(font(size).getlength(text)) + strikes[-1] + 4, math.ceil(size * 1.2)))
-    for shift in strikes:
-        ImageDraw.Draw(mask).text((1 + shift, 0), text, fill=255, font=font(size))
-    return mask
+    Type is one patch high and stands in these rows: a letter is in one patch or two, and not in four. A model of a few
+    million parameters then learns to read in an hour of one CPU core; letters at any height it had not learned in four.
+    """
+    return PATCH * row + PATCH // 2
 
 
 def put_text(
     image: Image.Image,
     text: str,
     xy: tuple[float, float],
-    size: int,
     colour: Colour | int,
     anchor: str = "mm",
     bold: bool = False,
     halo: Colour | None = None,
 ) -> None:
-    """Draw a line of text; `xy` and `anchor` as Pillow's, `size` in pixels an em, `halo` paints what lies close by."""
+    """Draw a line of text; `xy` and `anchor` as Pillow's, `halo` paints what lies close by.
+
+    Bold letters are struck twice, a pixel apart, as on a typewriter.
+    """
     draw, (x, y) = ImageDraw.Draw(image), (round(xy[0]), round(xy[1]))
     if halo is not None:
-        draw.text((x, y), text, fill=halo, font=font(size), anchor=anchor, stroke_width=3, stroke_fill=halo)
-    for shift in _strikes(size, bold):
-        draw.text((x + shift, y), text, fill=colour, font=font(size), anchor=anchor)
-
-
-def turn(mask: Image.Image, degrees: float) -> Image.Image:
-    """The mask turned counter-clockwise about its centre, on a canvas of the same size."""
-    return mask.rotate(degrees, Image.Resampling.BICUBIC) if degrees else mask
+        draw.text((x, y), text, fill=halo, font=font(EM), anchor=anchor, stroke_width=3, stroke_fill=halo)
+    for shift in (0, 1) if bold else (0,):
+        draw.text((x + shift, y), text, fill=colour, font=font(EM), anchor=anchor)
 
 
 def _outline(shape: str) -> list[tuple[float, float]]:
@@ -179,9 +166,9 @@ def named(name: str) -> Colour:
 
 
 def squarish(dice: Dice, smallest: int) -> tuple[int, int]:
-    """(width, height) of a picture of `smallest` to 14 patches a side, square or a little off it."""
-    side = dice.between(smallest, 14)
-    other = max(smallest, min(14, side + dice.between(-2, 2)))
+    """(width, height) of a picture of `smallest` to 10 patches a side, square or a little off it."""
+    side = dice.between(smallest, 10)
+    other = max(smallest, min(10, side + dice.between(-2, 2)))
     return PATCH * side, PATCH * other
 
 

@@ -7,18 +7,21 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 from .dice import Dice
-from .drawing import PATCH, Drawn, canvas, grain, named, put_text, shade, text_width
+from .drawing import PATCH, Drawn, canvas, grain, line_at, named, put_text, shade, text_width
 from .vocabulary import (
     BACKGROUNDS,
     FOOTERS,
     ITEMS,
     SHOP_KINDS,
     SHOPS,
+    Colour,
     Fact,
     counted,
     listed,
 )
 from .wording import compose, quoted
+
+_EDGE = 9  # pixels from the side of the picture to the print
 
 
 @dataclass(frozen=True)
@@ -56,9 +59,12 @@ def receipts(dice: Dice) -> Drawn:
         table=dice.pick(("brown", "dark grey", "dark blue", "green", "red", "light grey")),
         ink=dice.weighted((("black", 0.8), ("blue", 0.2))),
     )
-    size = PATCH * dice.between(9, 10), PATCH * dice.between(28, 32)
-    image = canvas(size, shade(named(receipt.table), dice, 10), dice)
-    image.paste(_till_roll(dice, receipt, (size[0] - 8, size[1] - 8)), (4, 4))
+    width, paper = PATCH * dice.between(9, 10), shade(BACKGROUNDS[receipt.paper], dice, 4)
+    lines, barcode = _layout(receipt, width - 2 * _EDGE), dice.chance(0.5)
+    rows = max(18, 1 + sum(after for _, _, after in lines) + 2 * barcode)
+    image = canvas((width, PATCH * rows), shade(named(receipt.table), dice, 10), dice)
+    image.paste(paper, (4, 4, width - 4, image.height - 4))
+    _print(dice, image, lines, shade(named(receipt.ink), dice, 16), barcode)
 
     facts: list[Fact] = [{"type": "text", "text": receipt.shop}]
     for name, price in (*receipt.items, ("total", receipt.total)):
@@ -69,36 +75,33 @@ def receipts(dice: Dice) -> Drawn:
     return grain(image, dice), _receipt_caption(dice, receipt), facts
 
 
-def _till_roll(dice: Dice, receipt: _Receipt, size: tuple[int, int]) -> Image.Image:
-    paper = Image.new("RGB", size, shade(BACKGROUNDS[receipt.paper], dice, 4))
-    draw, ink = ImageDraw.Draw(paper), shade(named(receipt.ink), dice, 16)
-    em, edge, centre = dice.between(16, 17), 5, size[0] / 2
-    heading = receipt.shop.split() if text_width(receipt.shop, em) > size[0] - 2 * edge else [receipt.shop]
-    barcode = 30 if dice.chance(0.5) else 0
-    rows = len(heading) + len(receipt.names) + 1 + (receipt.footer is not None)
-    pitch = min(dice.uniform(36, 58), (size[1] - barcode - 40) / rows)
-    y = 12 + pitch / 2
-    for line in heading:
-        put_text(paper, line, (centre, y), em, ink, bold=True)
-        y += pitch * 0.75
-    y += pitch * 0.25
-    for name, price in (*receipt.items, ("total", receipt.total)):
-        last = name == "total"
-        if last:
-            draw.line((edge, y - pitch / 2 + 2, size[0] - edge, y - pitch / 2 + 2), fill=ink, width=1)
-        put_text(paper, name, (edge, y), em, ink, "lm", last)
-        put_text(paper, price, (size[0] - edge, y), em, ink, "rm", last)
-        y += pitch
-    if receipt.footer is not None:
-        put_text(paper, receipt.footer, (centre, y), em, ink)
-        y += pitch
-    if barcode and y + barcode < size[1]:
-        x = 4 * edge
-        while x < size[0] - 4 * edge:
+def _layout(receipt: _Receipt, room: int) -> list[tuple[str, str, int]]:
+    """Lines from the top: what stands at the left, or alone in the middle; at the right; and rows to the next line."""
+    heading = receipt.shop.split() if text_width(receipt.shop) > room else [receipt.shop]
+    lines = [(line, "", 1) for line in heading[:-1]] + [(heading[-1], "", 2)]
+    lines += [(name, price, 2) for name, price in (*receipt.items, ("total", receipt.total))]
+    return lines if receipt.footer is None else [*lines, (receipt.footer, "", 2)]
+
+
+def _print(dice: Dice, image: Image.Image, lines: list[tuple[str, str, int]], ink: Colour, barcode: bool) -> None:
+    draw, row, left, right = ImageDraw.Draw(image), 1, _EDGE, image.width - _EDGE
+    for name, price, after in lines:
+        y = line_at(row)
+        if not price:
+            put_text(image, name, (image.width / 2, y), ink, bold=name.isupper())
+        else:
+            last = name == "total"
+            if last:
+                draw.line((left, y - PATCH, right, y - PATCH), fill=ink, width=1)
+            put_text(image, name, (left, y), ink, "lm", last)
+            put_text(image, price, (right, y), ink, "rm", last)
+        row += after
+    if barcode:
+        x = 4 * _EDGE
+        while x < image.width - 4 * _EDGE:
             bar = dice.between(1, 3)
-            draw.rectangle((x, y - 8, x + bar, y - 8 + barcode), fill=ink)
+            draw.rectangle((x, PATCH * row, x + bar, PATCH * row + 20), fill=ink)
             x += bar + dice.between(3, 5)
-    return paper
 
 
 def _receipt_caption(dice: Dice, receipt: _Receipt) -> str:
@@ -125,4 +128,4 @@ def _receipt_caption(dice: Dice, receipt: _Receipt) -> str:
     if receipt.cents.count(high) == receipt.cents.count(low) == 1:
         dearest, cheapest = (receipt.names[receipt.cents.index(cents)] for cents in (high, low))
         extras.append(f"The dearest item is {dearest} and the cheapest is {cheapest}.")
-    return compose(dice, told, extras, dice.between(28, 48))
+    return compose(dice, told, extras, dice.between(28, 36))

@@ -36,9 +36,9 @@ def shapes(dice: Dice) -> Drawn:
     layout = "square" if number == 4 else dice.weighted((("square", 0.56), ("tall", 0.22), ("wide", 0.22)))
     if layout == "square":
         # Six things in the smallest picture could not be told apart.
-        width, height = squarish(dice, 8 + total // 3)
+        width, height = squarish(dice, 6 + total // 3)
     else:
-        sides = [PATCH * dice.between(6 + total // 4, 9), PATCH * dice.between(15, 22)]
+        sides = [PATCH * dice.between(4 + total // 3, 7), PATCH * dice.between(12, 16)]
         width, height = sides if layout == "tall" else sides[::-1]
     image, facts, sizes, ground = scattered(dice, (width, height), total, number, layout)
     return grain(image, dice), _shapes_caption(dice, facts, sizes, ground, layout), facts
@@ -146,4 +146,4 @@ def _shapes_caption(dice: Dice, facts: list[Fact], sizes: list[str], ground: str
             )
             be = "is" if by_place[before]["count"] == 1 else "are"
             extras.append(sentence(f"{first} {be} {relation} {second}."))
-    return compose(dice, told, extras, dice.between(25, 40))
+    return compose(dice, told, extras, dice.between(25, 34))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from PIL import Image, ImageDraw
@@ -11,17 +12,15 @@ from .drawing import (
     PATCH,
     Drawn,
     canvas,
-    fitting,
     grain,
+    line_at,
     named,
     put_shape,
     put_text,
     readable,
     shade,
     squarish,
-    text_mask,
     text_width,
-    turn,
     visible,
 )
 from .vocabulary import (
@@ -31,7 +30,6 @@ from .vocabulary import (
     ORDINALS,
     SHAPES,
     WORDS,
-    Colour,
     Fact,
     a_,
     counted,
@@ -41,7 +39,6 @@ from .vocabulary import (
 from .wording import compose, group_clause, quoted
 
 INKS = ("white", "black", "yellow", "blue", "red")
-_LARGEST = 56  # pixels an em, on a sign
 
 
 @dataclass(frozen=True)
@@ -55,7 +52,6 @@ class _Sign:
     lines: list[str]
     bold: bool
     border: bool
-    tilt: float  # degrees, counter-clockwise
 
 
 def words(dice: Dice) -> Drawn:
@@ -64,7 +60,6 @@ def words(dice: Dice) -> Drawn:
         return _board(dice)
     wall, panel, ink = _colours(dice)
     framed = dice.chance(0.7)
-    tilt = dice.uniform(2, 6) * dice.pick((-1, 1)) if dice.chance(0.4) else 0.0
     sign = _Sign(
         thing=dice.pick(("sign", "plate", "label", "poster") if framed else ("wall", "page")),
         wall=wall,
@@ -73,46 +68,32 @@ def words(dice: Dice) -> Drawn:
         lines=_sign_lines(dice),
         bold=dice.chance(0.4),
         border=framed and dice.chance(0.5),
-        tilt=tilt,
     )
     facts: list[Fact] = [{"type": "text", "text": line} for line in sign.lines]
-    image = _paint(dice, sign, squarish(dice, 8))
-    return grain(image, dice), _sign_caption(dice, sign), facts
+    return grain(_paint(dice, sign), dice), _sign_caption(dice, sign), facts
 
 
-def _paint(dice: Dice, sign: _Sign, size: tuple[int, int]) -> Image.Image:
-    image = canvas(size, shade(named(sign.wall), dice, 6), dice)
+def _paint(dice: Dice, sign: _Sign) -> Image.Image:
+    widest = max(text_width(line) for line in sign.lines)
+    width, height = squarish(dice, 6)
+    width = max(width, PATCH * math.ceil((widest + 2 * PATCH) / PATCH))
+    image = canvas((width, height), shade(named(sign.wall), dice, 6), dice)
     ink = shade(named(sign.ink), dice, 10)
-    margin = PATCH // 2
-    width, height = image.width - 2 * margin, image.height - 2 * margin
-    em = fitting(sign.lines, width * 0.84, height * 0.84, _LARGEST)
-    # Never so small that the fixed 224 x 224 picture of stage 1 could not be read.
-    em = min(max(20, int(em * dice.uniform(0.75, 1.0))), fitting(sign.lines, width * 0.92, height, _LARGEST))
-    text_height = len(sign.lines) * em * 1.3
-    if sign.panel is None:
-        middle = image.height / 2 + max(0.0, height - text_height) / 2 * dice.uniform(-0.8, 0.8)
-    else:
-        panel_height = min(height, max(text_height + 18, height * dice.uniform(0.5, 1.0)))
-        top = margin + (height - panel_height) * dice.uniform(0.0, 1.0)
-        middle = top + panel_height / 2
+    rows = height // PATCH
+    step = dice.between(1, 2) if 2 * len(sign.lines) - 1 <= rows - 2 else 1
+    span = step * (len(sign.lines) - 1) + 1
+    first = dice.between(1, rows - 1 - span)
+    if sign.panel is not None:
+        above, below = (PATCH * free for free in (first, rows - first - span))
+        top, bottom = above - dice.uniform(7, above - 1), height - below + dice.uniform(7, below - 1)
         colour = shade(named(sign.panel), dice, 8)
-        for inset, paint in ((0, colour), (4, ink), (6, colour)) if sign.border else ((0, colour),):
-            left, upper = margin + inset, top + inset
-            box = (left, upper, image.width - left, top + panel_height - inset)
-            image.paste(paint, (0, 0), turn(_rounded(image.size, box), sign.tilt))
-    layer = Image.new("L", image.size)
+        for inset, paint in ((0, colour), (3, ink), (5, colour)) if sign.border else ((0, colour),):
+            box = (PATCH / 4 + inset, top + inset, width - PATCH / 4 - inset, bottom - inset)
+            ImageDraw.Draw(image).rounded_rectangle(box, 6, fill=paint)
+    x = width / 2 + max(0.0, width - widest - PATCH) / 2 * dice.uniform(-0.8, 0.8)
     for k, line in enumerate(sign.lines):
-        mask = text_mask(line, em, sign.bold)
-        y = middle + (k - (len(sign.lines) - 1) / 2) * em * 1.3
-        layer.paste(mask, (round((image.width - mask.width) / 2), round(y - mask.height / 2)))
-    image.paste(ink, (0, 0), turn(layer, sign.tilt))
+        put_text(image, line, (x, line_at(first + step * k)), ink, bold=sign.bold)
     return image
-
-
-def _rounded(size: tuple[int, int], box: tuple[float, float, float, float]) -> Image.Image:
-    mask = Image.new("L", size)
-    ImageDraw.Draw(mask).rounded_rectangle(box, 8, fill=255)
-    return mask
 
 
 def _sign_caption(dice: Dice, sign: _Sign) -> str:
@@ -134,13 +115,8 @@ def _sign_caption(dice: Dice, sign: _Sign) -> str:
         )
         extras = ["Nothing else hangs beside it."]
         extras.append(f"A thin {ink} line runs around the {thing}." if sign.border else f"The {thing} has no border.")
-    if sign.tilt:
-        turned = "writing" if panel is None else f"whole {thing}"
-        extras.append(f"The {turned} is tilted to the {'left' if sign.tilt > 0 else 'right'}.")
-    else:
-        extras.append("The writing is level and not tilted.")
     extras += [*_writing(sign.lines, ink, sign.bold), f"The writing is in {counted(len(sign.lines), 'line')}."]
-    return compose(dice, [dice.pick(openings), _reading(dice, thing, sign.lines)], extras, dice.between(25, 48))
+    return compose(dice, [dice.pick(openings), _reading(dice, thing, sign.lines)], extras, dice.between(25, 34))
 
 
 def _sign_lines(dice: Dice) -> list[str]:
@@ -202,21 +178,18 @@ def _writing(lines: list[str], ink: str, bold: bool) -> list[str]:
 
 def _board(dice: Dice) -> Drawn:
     """A tall board, one word a line: clear at its own size, squeezed to near illegibility in a small square."""
-    width, height = PATCH * dice.between(7, 8), PATCH * dice.between(32, 38)
     wall, panel, ink_name = _colours(dice)
-    image = canvas((width, height), shade(named(wall), dice, 6), dice)
-    margin = 6
-    box = (margin, margin, width - margin, height - margin)
-    image.paste(shade(named(panel), dice, 8), (0, 0), _rounded(image.size, box))
-    ink = shade(named(ink_name), dice, 10)
     lines = _cased(dice, dice.sample(WORDS, dice.between(4, 7)))
-    em = dice.between(16, max(16, fitting(lines, width - 3 * margin, height, 20)))
-    pitch = (height - 6 * margin) / len(lines)
-    bold, at_left = dice.chance(0.3), dice.chance(0.5)
-    x, anchor = (2.5 * margin, "lm") if at_left else (width / 2, "mm")
+    step = dice.between(2, 3)
+    rows = max(14, step * (len(lines) - 1) + 3 + dice.between(0, 2))
+    image = canvas((PATCH * dice.between(6, 8), PATCH * rows), shade(named(wall), dice, 6), dice)
+    box = (6, 6, image.width - 6, image.height - 6)
+    ImageDraw.Draw(image).rounded_rectangle(box, 8, fill=shade(named(panel), dice, 8))
+    ink, bold, at_left = shade(named(ink_name), dice, 10), dice.chance(0.3), dice.chance(0.5)
+    x, anchor = (PATCH, "lm") if at_left else (image.width / 2, "mm")
+    first = dice.between(1, rows - 2 - step * (len(lines) - 1))
     for k, line in enumerate(lines):
-        y = 3 * margin + (k + 0.5) * pitch + dice.uniform(-0.2, 0.2) * (pitch - em)
-        put_text(image, line, (x, y), em, ink, anchor, bold)
+        put_text(image, line, (x, line_at(first + step * k)), ink, anchor, bold)
 
     thing, number = dice.pick(("board", "list", "notice")), counted(len(lines), "line")
     openings = (
@@ -229,33 +202,36 @@ def _board(dice: Dice) -> Drawn:
     extras = [*_writing(lines, ink_name, bold), "Every line holds one word."]
     extras.append("The lines start at the left edge." if at_left else "The lines stand in the middle of it.")
     facts: list[Fact] = [{"type": "text", "text": line} for line in lines]
-    return grain(image, dice), compose(dice, told, extras, dice.between(25, 45)), facts
+    return grain(image, dice), compose(dice, told, extras, dice.between(25, 34)), facts
 
 
 def banners(dice: Dice) -> Drawn:
     """A wide strip with a line of words, often with a shape at one end."""
-    rows = dice.between(4, 6)
-    image_size = PATCH * min(dice.between(32, 44), 288 // rows), PATCH * rows
+    picked = dice.sample(WORDS, dice.between(4, 6))
+    if dice.chance(0.25):
+        picked[-1] = str(dice.between(1, 2030))
+    text, bold = " ".join(_cased(dice, picked)), dice.chance(0.4)
+    rows = dice.between(4, 5)
+    diameter = int(PATCH * rows * dice.uniform(0.45, 0.62)) if dice.chance(0.55) else 0
+    width = PATCH * (math.ceil((text_width(text) + diameter) / PATCH) + dice.between(3, 6))
     ground = dice.pick([*COLOURS, "white", "light grey", "light yellow", "dark blue"])
     colour = shade(named(ground), dice, 8)
-    image = canvas(image_size, colour, dice)
+    image = canvas((width, PATCH * rows), colour, dice)
     ink_name = dice.pick(readable(colour, INKS))
     ink = shade(named(ink_name), dice, 10)
     facts: list[Fact] = []
-    left, right = 12.0, image.width - 12.0
-    if dice.chance(0.55):
+    left, right = 12.0, width - 12.0
+    if diameter:
         shape, end, name = dice.pick(list(SHAPES)), dice.pick(("left", "right")), dice.pick(visible(colour, COLOURS))
-        diameter = int(image.height * dice.uniform(0.45, 0.62))
         x = left + diameter / 2 if end == "left" else right - diameter / 2
         put_shape(image, shape, (x, image.height / 2), diameter, shade(COLOURS[name], dice, 12), dice.uniform(-9, 9))
-        left, right = (left + diameter + 10, right) if end == "left" else (left, right - diameter - 10)
+        left, right = (left + diameter + 8, right) if end == "left" else (left, right - diameter - 8)
         facts.append({"type": "group", "shape": shape, "colour": name, "count": 1, "place": end})
-    em, bold = dice.between(22, min(30, image.height // 2)), dice.chance(0.4)
-    text = _banner_text(dice, em, right - left - 8)
-    _print(dice, image, text, em, bold, ink, left, right)
+    x = (left + right) / 2 + (right - left - text_width(text)) / 2 * dice.uniform(-0.9, 0.9)
+    put_text(image, text, (x, line_at(dice.between(1, rows - 2))), ink, bold=bold)
     border = dice.chance(0.35)
     if border:
-        ImageDraw.Draw(image).rectangle((2, 2, image.width - 3, image.height - 3), outline=ink, width=2)
+        ImageDraw.Draw(image).rectangle((2, 2, width - 3, image.height - 3), outline=ink, width=2)
 
     thing = dice.pick(("banner", "strip", "headline"))
     openings = (
@@ -272,25 +248,4 @@ def banners(dice: Dice) -> Drawn:
     else:
         extras.append("No shape is drawn beside the words.")
     facts.insert(0, {"type": "text", "text": text})
-    return grain(image, dice), compose(dice, told, extras, dice.between(25, 45)), facts
-
-
-def _banner_text(dice: Dice, em: int, width: float) -> str:
-    picked = dice.sample(WORDS, dice.between(4, 7))
-    if dice.chance(0.25):
-        picked[-1] = str(dice.between(1, 2030))
-    picked = _cased(dice, picked)
-    while text_width(" ".join(picked), em) > width:
-        picked.pop(0)
-    return " ".join(picked)
-
-
-def _print(
-    dice: Dice, image: Image.Image, text: str, em: int, bold: bool, ink: Colour, left: float, right: float
-) -> None:
-    """A line of text somewhere between left and right, hardly tilted."""
-    mask, layer = text_mask(text, em, bold), Image.new("L", image.size)
-    x = (left + right) / 2 + max(0.0, right - left - mask.width) / 2 * dice.uniform(-0.9, 0.9)
-    y = image.height / 2 + (image.height - em * 1.3) / 2 * dice.uniform(-0.6, 0.6)
-    layer.paste(mask, (round(x - mask.width / 2), round(y - mask.height / 2)))
-    image.paste(ink, (0, 0), turn(layer, dice.uniform(-0.8, 0.8)))
+    return grain(image, dice), compose(dice, told, extras, dice.between(25, 34)), facts
