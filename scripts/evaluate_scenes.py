@@ -26,9 +26,10 @@ from genlip_mlx.analysis.attention import allocation
 from genlip_mlx.analysis.evaluation import evaluate
 from genlip_mlx.data.scoring import score, summary
 from genlip_mlx.data.sources import open_source
-from genlip_mlx.data.synthetic import LAYOUTS, Scene, Scenes
+from genlip_mlx.data.synthetic import LAYOUTS, SCENES, Scene, Scenes
 from genlip_mlx.generate import captions
 
+PARTS = (*LAYOUTS, *SCENES)
 ATTENDED = 100  # scenes whose attention is looked at
 
 
@@ -40,7 +41,9 @@ def measure(model: str, scenes: list[Scene], batch_size: int) -> dict[str, Any]:
     results = captions(loaded, processor, pictures, batch_size=batch_size, max_tokens=160)
     spoken = dict(zip(order, track(results, total=len(scenes), description=model, transient=True)))
     scores = [score(scene.facts, spoken[i].caption or "") for i, scene in enumerate(scenes)]
-    by_layout = {layout: summary(s for s, scene in zip(scores, scenes) if scene.layout == layout) for layout in LAYOUTS}
+    parts = {
+        part: summary(s for s, scene in zip(scores, scenes) if part in (scene.layout, scene.kind)) for part in PARTS
+    }
     examples = [{"kind": s.kind, "truth": s.caption, "spoken": spoken[i].caption} for i, s in enumerate(scenes[:8])]
 
     source = open_source(f"synth:test:{len(scenes)}")
@@ -50,7 +53,7 @@ def measure(model: str, scenes: list[Scene], batch_size: int) -> dict[str, Any]:
         "nll": evaluate(loaded, processor, source).nll,
         "first_token": float(shares.vision_to_first.max()),
     }
-    return {"model": model, "all": total, **by_layout, "attention": shares.to_dict(), "examples": examples}
+    return {"model": model, "all": total, **parts, "attention": shares.to_dict(), "examples": examples}
 
 
 def main() -> None:
@@ -63,7 +66,7 @@ def main() -> None:
     scenes = [*Scenes("test", size=options.size)]
     figures = [measure(model, scenes, options.batch_size) for model in options.models]
     for row in figures:
-        parts = ("all", *LAYOUTS)
+        parts = ("all", *PARTS)
         table = Table("", *parts, title=row["model"], title_justify="left")
         for name, value in row["all"].items():
             if isinstance(value, float):

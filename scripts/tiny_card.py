@@ -14,7 +14,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from evaluate_scenes import LAYOUTS, Scenes, measure  # loads OpenBLAS first
+from evaluate_scenes import PARTS, Scenes, measure  # loads OpenBLAS first
 
 # isort: split
 import yaml
@@ -87,9 +87,9 @@ def sections(runs: dict[str, dict[str, Any]], scores: dict[str, dict[str, Any]],
         for name, f in runs.items()
     ]
     results = [[label, *(show(key, scores[name]["all"][key]) for name in runs)] for key, label in ROWS.items()]
-    for layout in LAYOUTS:
-        rates = (scores[name][layout]["character_error_rate"] for name in runs)
-        results.append([f"character error rate, {layout}", *(show("character_error_rate", rate) for rate in rates)])
+    for part in (part for part in PARTS if part != "shapes"):  # nothing is written there
+        rates = (scores[name][part]["character_error_rate"] for name in runs)
+        results.append([f"character error rate, {part}", *(show("character_error_rate", rate) for rate in rates)])
     spoken = "\n\n".join(
         f"- {one['kind']}: {one['truth']}\n- *it says:* {one['spoken']}"
         for one in scores["tiny-stage2"]["examples"][:4]
