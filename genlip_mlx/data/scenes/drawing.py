@@ -55,7 +55,7 @@ def line_at(row: int) -> int:
     """y of the middle of a line of text that stands in a row of patches.
 
     Type is one patch high and stands in these rows: a letter is in one patch or two, and not in four. A model of a few
-    million parameters then learns to read in an hour of one CPU core; letters at any height it had not learned in four.
+    million parameters then begins to read in an hour of one CPU core; letters at any height it did not in two.
     """
     return PATCH * row + PATCH // 2
 
