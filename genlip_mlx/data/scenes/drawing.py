@@ -37,13 +37,13 @@ def font(size: int) -> ImageFont.FreeTypeFont:
     return loaded
 
 
-def text_width(text: str, size: int = EM) -> float:
-    """Pixels from the start of the first letter to the end of the last, `size` pixels to an em.
+def text_width(text: str) -> float:
+    """Pixels from the start of the first letter to the end of the last.
 
     Scaled from a large size, where hinting is negligible: what fits, and so what is written, must not depend
     on the FreeType at hand.
     """
-    return _width_at_256(text) * size / 256
+    return _width_at_256(text) * EM / 256
 
 
 @lru_cache(maxsize=4096)  # scenes are written in few words

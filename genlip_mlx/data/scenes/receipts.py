@@ -42,6 +42,11 @@ class _Receipt:
     def items(self) -> list[tuple[str, str]]:
         return [(name, _money(cents)) for name, cents in zip(self.names, self.cents, strict=True)]
 
+    @property
+    def sums(self) -> list[tuple[str, str]]:
+        """The items, and what they add up to."""
+        return [*self.items, ("total", self.total)]
+
 
 def _money(cents: int) -> str:
     return f"{cents // 100}.{cents % 100:02d}"
@@ -67,7 +72,7 @@ def receipts(dice: Dice) -> Drawn:
     _print(dice, image, lines, shade(named(receipt.ink), dice, 16), barcode)
 
     facts: list[Fact] = [{"type": "text", "text": receipt.shop}]
-    for name, price in (*receipt.items, ("total", receipt.total)):
+    for name, price in receipt.sums:
         facts.append({"type": "text", "text": f"{name} {price}"})
         facts.append({"type": "value", "label": name, "value": float(price)})
     if receipt.footer is not None:
@@ -79,7 +84,7 @@ def _layout(receipt: _Receipt, room: int) -> list[tuple[str, str, int]]:
     """Lines from the top: what stands at the left, or alone in the middle; at the right; and rows to the next line."""
     heading = receipt.shop.split() if text_width(receipt.shop) > room else [receipt.shop]
     lines = [(line, "", 1) for line in heading[:-1]] + [(heading[-1], "", 2)]
-    lines += [(name, price, 2) for name, price in (*receipt.items, ("total", receipt.total))]
+    lines += [(name, price, 2) for name, price in receipt.sums]
     return lines if receipt.footer is None else [*lines, (receipt.footer, "", 2)]
 
 
