@@ -22,8 +22,7 @@ for width in 64 128 192; do
         pretrain "$name-stage1" --recipe tiny-stage1 --set iters="$steps" \
             --set model_config.hidden_size="$width" --set model_config.num_attention_heads=$((width / 64)) \
             --set model_config.intermediate_size=$((width * 8 / 3)) --set model_config.gated_attention="$gate"
-        pretrain "$name-stage2" --recipe tiny-stage2 --set iters=$((steps / 2)) --set init_from="$name-stage1" \
-            --set data=synth:train:400000 --set shuffle=true --set batch_tokens=2048 # too few for the recipe's course
+        pretrain "$name-stage2" --recipe tiny-stage2 --set iters=$((steps / 2)) --set init_from="$name-stage1"
         runs+=("$name-stage1" "$name-stage2")
     done
 done

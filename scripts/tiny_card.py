@@ -1,8 +1,8 @@
-"""Make weights/genlip-tiny of the four runs of scripts/train_tiny.sh: weights, scores, curves and the model card.
+"""Make weights/genlip-tiny of the runs of scripts/train_tiny.sh: weights, scores, curves and the model card.
 
     python scripts/tiny_card.py RUNS --output weights/genlip-tiny [--size 500]
 
-RUNS holds tiny-stage1, tiny-stage2 and their -ungated twins. Every figure of the card is measured here or read
+RUNS holds tiny-stage1, tiny-cards, tiny-stage2 and their -ungated twins. Every figure of the card is measured here or read
 from the runs.
 """
 
@@ -25,8 +25,10 @@ from genlip_mlx.train.plot import plot, read_metrics
 
 RUNS = {
     "tiny-stage1": "stage 1",
+    "tiny-cards": "course",
     "tiny-stage2": "stage 2",
     "tiny-stage1-ungated": "stage 1, no gate",
+    "tiny-cards-ungated": "course, no gate",
     "tiny-stage2-ungated": "stage 2, no gate",
 }
 ROWS = {
@@ -100,13 +102,13 @@ def sections(runs: dict[str, dict[str, Any]], scores: dict[str, dict[str, Any]],
 From random weights on synthetic scenes (`genlip-mlx synth`) and nothing else: it knows coloured shapes, signs,
 receipts, banners and charts as they are drawn there, with type of one size that stands in rows of patches, and no
 photograph. `scripts/train_tiny.sh` does all of it again: a SentencePiece vocabulary of 20000 captions, recipe
-`tiny-stage1` at a fixed size, recipe `tiny-stage2` in native sizes, which is a course from flash cards to scenes, and
-the same two with `gated_attention: false`. Each run had one core of a Linux CPU; hours are its tokens at its median
-rate.
+`tiny-stage1` at a fixed size, `tiny-cards`, a course from flash cards to scenes, and `tiny-stage2` on scenes in native
+sizes; and all three with `gated_attention: false`. Each run had one core of a Linux CPU; hours are its tokens at its
+median rate.
 
 {table(["run", "steps", "tokens", "learning rate", "seed", "hours", "peak", "waiting for data", "valid loss"], took)}
 
-![Loss, learning rate and gradient norm of the four runs](curves.png)
+![Loss, learning rate and gradient norm of the runs](curves.png)
 
 ## Results
 

@@ -65,7 +65,7 @@ def test_from_scenes_to_captions(tmp_path: Path) -> None:
         (("pretrain", "--resume", "nothing", "--set", "iters=3"), 2, "--resume takes the run as it is"),
         (("pretrain", "--recipe", "none", "--run-dir", "r"), 1, "none: no such recipe"),
         (("pretrain", "--recipe", "tiny-stage1", "--run-dir", "r"), 1, "tokenizer: no tokenizer.json"),
-        (("pretrain", "--recipe", "tiny-stage2", "--run-dir", "r"), 1, "runs/tiny-stage1"),
+        (("pretrain", "--recipe", "tiny-stage2", "--run-dir", "r"), 1, "runs/tiny-cards"),
         (
             ("pretrain", "--recipe", "tiny-stage1", "--run-dir", "r", "--report-to", "tensorboard"),
             1,
