@@ -2,8 +2,8 @@
 
     python scripts/tiny_card.py RUNS --output weights/genlip-tiny [--size 500]
 
-RUNS holds tiny-stage1, tiny-cards, tiny-stage2 and their -ungated twins. Every figure of the card is measured here or read
-from the runs.
+RUNS holds tiny-stage1, tiny-cards, tiny-stage2 and their -ungated twins. Every figure of the card is measured here or
+read from the runs.
 """
 
 from __future__ import annotations
