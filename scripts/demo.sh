@@ -23,7 +23,7 @@ if [ -f weights/genlip-tiny/config.json ]; then
     pictures=demo/scenes
     tokens=160
     note="The captions come from $model, a small model trained on drawn scenes like these and on nothing else.
-It reads receipts best, with a digit wrong here and there; signs and counted shapes it often gets wrong (see its card)."
+It reads receipts and charts, with few mistakes; signs and counted shapes it often gets wrong (see its card)."
     step synth --output "$pictures" --split test --size 4 --kinds receipts,bars
 else
     model=demo/tiny-navit
