@@ -57,14 +57,14 @@ def plot(runs: Sequence[str | Path], output: str | Path) -> None:
     except ImportError:
         raise ValueError('plots need matplotlib: pip install "genlip-mlx[train]"') from None
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     folders = [*map(Path, runs)]
     read = [read_metrics(folder) for folder in folders]
     names = [folder.resolve().name for folder in folders]
     if len({*names}) < len(names):
         names = [*map(str, folders)]
-    figure = pyplot.figure(figsize=(12, 4.4), layout="constrained")
+    figure = pyplot.figure(figsize=(12, 4.8), layout="constrained")
     kind = Path(output).suffix.lstrip(".").lower() or "png"
     known = figure.canvas.get_supported_filetypes()
     if kind not in known:
@@ -74,13 +74,13 @@ def plot(runs: Sequence[str | Path], output: str | Path) -> None:
         seen = [total / 1e6 for total in accumulate(row["tokens"] for row in metrics)]
         losses = [row["loss"] for row in metrics]
         loss.plot(seen, losses, color=color, alpha=0.25, linewidth=0.8)
-        loss.plot(seen, [*map(Smoothed().add, losses)], color=color, linewidth=1.5, label=f"{name}, training")
+        loss.plot(seen, [*map(Smoothed().add, losses)], color=color, linewidth=1.5, label=name)
         valid = [(x, row["valid_loss"]) for x, row in zip(seen, metrics) if row.get("valid_loss") is not None]
         if valid:
-            loss.scatter(*zip(*valid), color=color, edgecolor="white", s=40, zorder=3, label=f"{name}, validation")
+            loss.scatter(*zip(*valid), color=color, edgecolor="white", s=40, zorder=3)
         rate.plot(seen, [row["lr"] for row in metrics], color=color)
         norm.plot(seen, [row["grad_norm"] for row in metrics], color=color, linewidth=0.8)
-    labels = "loss (nats a label token)", "learning rate", "gradient norm, before clipping"
+    labels = "loss, nats a label token (points: validation)", "learning rate", "gradient norm, before clipping"
     for axes, label in zip((loss, rate, norm), labels):
         axes.set_xlabel("tokens seen (millions)")
         axes.set_ylabel(label)
@@ -89,9 +89,10 @@ def plot(runs: Sequence[str | Path], output: str | Path) -> None:
     rate.ticklabel_format(axis="y", style="sci", scilimits=(0, 0))
     for axes in (loss, norm):
         axes.set_yscale("log")
-    for formatter in (loss.yaxis.set_major_formatter, loss.yaxis.set_minor_formatter):
-        formatter("{x:g}")  # 0.6, and not 6 x 10^-1
-    loss.legend(frameon=False)
+    loss.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 1.5, 2, 3, 4, 5, 7), numticks=100))  # about even
+    loss.yaxis.set_minor_locator(ticker.NullLocator())
+    loss.yaxis.set_major_formatter("{x:g}")  # 0.7, and not 7 x 10^-1
+    figure.legend(loc="outside lower center", ncols=4, frameon=False)
     with atomic_file(output) as file:
         figure.savefig(file, dpi=100, format=kind)
     pyplot.close(figure)

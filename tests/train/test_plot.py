@@ -35,7 +35,7 @@ def test_runs_over_each_other(kind: str, tmp_path: Path) -> None:
     # Names that are equal, and a step whose loss was not finite.
     plot([run(tmp_path / "a" / "one"), run(tmp_path / "b" / "one", loss=None, grad_norm=None)], target)
     if kind == "png":
-        assert Image.open(target).size == (1200, 440)
+        assert Image.open(target).size == (1200, 480)
     assert target.read_bytes()[:4] in (b"\x89PNG", b"%PDF", b"<?xm")
 
 
