@@ -66,12 +66,12 @@ def main() -> None:
     scenes = [*Scenes("test", size=options.size)]
     figures = [measure(model, scenes, options.batch_size) for model in options.models]
     for row in figures:
-        parts = ("all", *PARTS)
-        table = Table("", *parts, title=row["model"], title_justify="left")
-        for name, value in row["all"].items():
-            if isinstance(value, float):
-                numbers = [row[part].get(name) for part in parts]
-                table.add_row(name.replace("_", " "), *("-" if x is None else f"{x:.3f}" for x in numbers))
+        names = [name for name, value in row["all"].items() if isinstance(value, float)]
+        header = (name.replace("_", " ") for name in names)
+        table = Table("", *header, title=row["model"], title_justify="left", box=None)
+        for part in ("all", *PARTS):
+            numbers = [row[part].get(name) for name in names]
+            table.add_row(part, *("-" if x is None else f"{x:.3f}" for x in numbers))
         Console().print(table)
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=2) + "\n")
