@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Train weights/genlip-tiny again: tokenizer, stage 1, course, stage 2, the same without the gate, scores, model card.
+# Train weights/genlip-tiny again: tokenizer, stage 1, course, stage 2, stage 2 again, the same without the gate, scores, model card.
 # Runs go to runs/ and are resumed if they were stopped. On 2 CPU cores this takes some hours.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
@@ -15,6 +15,7 @@ for twin in "" -ungated; do
     pretrain "runs/tiny-stage1$twin" --recipe tiny-stage1 --set model_config.gated_attention="$gate"
     pretrain "runs/tiny-cards$twin" --recipe tiny-cards --set init_from="runs/tiny-stage1$twin"
     pretrain "runs/tiny-stage2$twin" --recipe tiny-stage2 --set init_from="runs/tiny-cards$twin"
+    pretrain "runs/tiny-finish$twin" --recipe tiny-finish --set init_from="runs/tiny-stage2$twin"
 done
 
 python scripts/tiny_card.py runs --output weights/genlip-tiny

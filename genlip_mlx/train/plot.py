@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, cycle, product
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ from ..files import atomic_file
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+DASHES = ("-", "--", ":")  # the palette again, where there are more runs than colours
 
 
 def read_metrics(run: Path) -> list[dict[str, Any]]:
@@ -70,15 +71,15 @@ def plot(runs: Sequence[str | Path], output: str | Path) -> None:
     if kind not in known:
         raise ValueError(f"{output}: no picture is called .{kind}; known are {', '.join(known)}")
     loss, rate, norm = figure.subplots(1, 3, width_ratios=(2, 1, 1))
-    for name, metrics, color in zip(names, read, COLORS * len(names)):
+    for name, metrics, (dash, color) in zip(names, read, cycle(product(DASHES, COLORS))):
         seen = [total / 1e6 for total in accumulate(row["tokens"] for row in metrics)]
         losses = [row["loss"] for row in metrics]
         loss.plot(seen, losses, color=color, alpha=0.25, linewidth=0.8)
-        loss.plot(seen, [*map(Smoothed().add, losses)], color=color, linewidth=1.5, label=name)
+        loss.plot(seen, [*map(Smoothed().add, losses)], color=color, linestyle=dash, linewidth=1.5, label=name)
         valid = [(x, row["valid_loss"]) for x, row in zip(seen, metrics) if row.get("valid_loss") is not None]
         if valid:
             loss.scatter(*zip(*valid), color=color, edgecolor="white", s=40, zorder=3)
-        rate.plot(seen, [row["lr"] for row in metrics], color=color)
+        rate.plot(seen, [row["lr"] for row in metrics], color=color, linestyle=dash)
         norm.plot(seen, [row["grad_norm"] for row in metrics], color=color, linewidth=0.8)
     labels = "loss, nats a label token (points: validation)", "learning rate", "gradient norm, before clipping"
     for axes, label in zip((loss, rate, norm), labels):

@@ -23,8 +23,9 @@ def test_recipes_that_come_along(path: Path) -> None:
 def test_there_are_two_stages_at_each_scale() -> None:
     scales = ("tiny", "small", "base", "l16", "so16", "g16")
     stages = {f"{scale}-stage{stage}" for scale in scales for stage in (1, 2)}
-    assert {path.stem for path in RECIPES} == stages | {"tiny-cards"}
+    assert {path.stem for path in RECIPES} == stages | {"tiny-cards", "tiny-finish"}
     assert load_recipe("tiny-cards").init_from == "runs/tiny-stage1"
+    assert load_recipe("tiny-finish").init_from == "runs/tiny-stage2"
     for scale in scales:
         first, second = load_recipe(f"{scale}-stage1"), load_recipe(f"{scale}-stage2")
         assert not first.native
