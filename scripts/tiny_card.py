@@ -23,17 +23,14 @@ from genlip_mlx.checkpoint.convert import convert
 from genlip_mlx.checkpoint.hub import best_checkpoint
 from genlip_mlx.train.plot import plot, read_metrics
 
-FINAL = "tiny-finish"  # the run whose model goes into weights/
-RUNS = {
+STAGES = {
     "tiny-stage1": "stage 1",
     "tiny-cards": "course",
     "tiny-stage2": "stage 2",
-    FINAL: "finish",
-    "tiny-stage1-ungated": "stage 1, no gate",
-    "tiny-cards-ungated": "course, no gate",
-    "tiny-stage2-ungated": "stage 2, no gate",
-    f"{FINAL}-ungated": "finish, no gate",
+    "tiny-finish": "finish",
 }
+FINAL = "tiny-finish"  # the run whose model goes into weights/
+RUNS = {**STAGES, **{f"{name}-ungated": f"{label}, no gate" for name, label in STAGES.items()}}
 ROWS = {
     "nll": "caption NLL, nats a token",
     "shapes": "shapes right",

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Train weights/genlip-tiny again: tokenizer, stage 1, course, stage 2, stage 2 again, the same without the gate, scores, model card.
-# Runs go to runs/ and are resumed if they were stopped. On 2 CPU cores this takes some hours.
+# Train weights/genlip-tiny again: tokenizer, stage 1, course, stage 2, finish, the same without the gate, scores, model
+# card. Runs go to runs/ and are resumed if they were stopped. On 2 CPU cores this takes some hours.
 set -euo pipefail
 # shellcheck source=scripts/environment.sh
 . "$(dirname "${BASH_SOURCE[0]}")/environment.sh"
